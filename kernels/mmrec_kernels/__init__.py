@@ -1,0 +1,23 @@
+"""Kernels of MM-Rec: linear scans, the gated nonlinear recurrence, and the read of slot memories.
+
+Independent of `mmrec_train`; needs torch only. `mmrec_kernels.reference` holds the plain loops that define each
+operation and that everything else is tested against.
+"""
+
+from mmrec_kernels import reference
+from mmrec_kernels.attention import interval_attention, memory_attention, merge_partial_reads
+from mmrec_kernels.recurrence import GatedRecurrence, default_tolerance, gated_recurrence
+from mmrec_kernels.scan import associative_scan_exponential, compute_dtype, linear_scan
+
+__all__ = [
+    "GatedRecurrence",
+    "associative_scan_exponential",
+    "compute_dtype",
+    "default_tolerance",
+    "gated_recurrence",
+    "interval_attention",
+    "linear_scan",
+    "memory_attention",
+    "merge_partial_reads",
+    "reference",
+]
