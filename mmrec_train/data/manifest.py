@@ -1,0 +1,96 @@
+"""What a prepared data set says about itself: `manifest.json`.
+
+    DATA/manifest.json
+    DATA/tokenizer/                         the Hugging Face tokenizer
+    DATA/train/shard_00000.bin              token ids, little-endian uint16 or uint32, document after document
+    DATA/train/shard_00000.idx              int64 start of each document, then the number of tokens
+    DATA/validation/...                     the same; absent where no document was held out
+
+Each document is stored as [bos] + its tokens.
+"""
+
+from pathlib import Path
+from typing import Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+
+from mmrec_train.errors import UserError
+
+FORMAT: Final = 1
+MANIFEST_NAME = "manifest.json"
+TOKENIZER_NAME = "tokenizer"
+
+Split = Literal["train", "validation"]
+Dtype = Literal["uint16", "uint32"]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class FileInfo(_Record):
+    """Size in bytes and checksum of one file."""
+
+    size: int
+    xxh3_128: str
+
+
+class ShardInfo(_Record):
+    """One pair of files, `NAME.bin` and `NAME.idx`; a shard holds whole documents and at least one."""
+
+    name: str = Field(pattern=r"^shard_\d{5}$")
+    documents: int = Field(ge=1)
+    tokens: int = Field(ge=1)
+    bin: FileInfo
+    idx: FileInfo
+
+
+class SplitInfo(_Record):
+    documents: int
+    tokens: int
+    shards: tuple[ShardInfo, ...] = Field(strict=False)
+
+
+class Manifest(_Record):
+    """All a reader needs to check the data set and interpret its tokens. No dates: same input, same file."""
+
+    format: Literal[1] = FORMAT
+    dtype: Dtype
+    bos_id: int
+    eos_id: int
+    vocab_size: int = Field(description="one more than the largest token id the tokenizer can produce")
+    tokenizer_fingerprint: str = Field(description="xxh3_128 of the canonical tokenizer.json")
+    source: dict[str, JsonValue] = Field(description="where the text came from and how it was chosen")
+    empty_documents: int = Field(description="documents without text, left out")
+    invalid_utf8_documents: int = Field(description="documents in which invalid text was replaced by U+FFFD")
+    invalid_utf8_replaced: int = Field(description="replacements in all of them")
+    splits: dict[Split, SplitInfo]
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> Path:
+    path = folder / MANIFEST_NAME
+    path.write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check `folder`'s manifest; UserError where there is none, or one this version cannot read."""
+    path = folder / MANIFEST_NAME
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(
+            f"{folder} is not a prepared data set: it has no {MANIFEST_NAME}. "
+            f"Make one with: python launch/prepare_data.py --source ... --out {folder}"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}. Prepare the data set again.") from error
+    try:
+        return Manifest.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise UserError(
+            f"{path}: {key}: {first['msg']}. The manifest is damaged or of another version "
+            f"(this one reads format {FORMAT}). Prepare the data set again."
+        ) from None

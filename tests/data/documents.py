@@ -1,0 +1,57 @@
+"""Data sets for tests, written from token ids, and text in memory to prepare others from."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmrec_train.data.dataset import TokenDataset, open_dataset
+from mmrec_train.data.manifest import Dtype, Manifest, write_manifest
+from mmrec_train.data.shards import SplitWriter
+from mmrec_train.data.sources import Document
+
+EOS = 0
+
+
+def write_documents(
+    folder: Path, documents: Sequence[Sequence[int]], *, shard_tokens: int = 100, dtype: Dtype = "uint32"
+) -> TokenDataset:
+    """Store `documents` (token ids as they are to be read, bos included) as the train split of a data set."""
+    folder.mkdir(parents=True, exist_ok=True)
+    writer = SplitWriter(folder / "train", dtype, shard_tokens=shard_tokens)
+    for document in documents:
+        writer.add(np.array(document))
+    manifest = Manifest(
+        dtype=dtype,
+        bos_id=EOS,
+        eos_id=EOS,
+        vocab_size=1 << 16,
+        tokenizer_fingerprint="0" * 32,
+        source={"kind": "test"},
+        empty_documents=0,
+        invalid_utf8_documents=0,
+        invalid_utf8_replaced=0,
+        splits={"train": writer.close()},
+    )
+    write_manifest(folder, manifest)
+    return open_dataset(folder, "train", verify=True)
+
+
+def numbered_documents(lengths: Sequence[int]) -> list[list[int]]:
+    """Documents of these lengths in which no token id occurs twice."""
+    starts = np.cumsum([1, *lengths])
+    return [list(range(start, start + length)) for start, length in zip(starts, lengths, strict=False)]
+
+
+class Texts:
+    """A source in memory; every document claims `replaced` replacements."""
+
+    def __init__(self, texts: Sequence[str], replaced: int = 0) -> None:
+        self.provenance: dict[str, Any] = {"kind": "test"}
+        self.text_bytes: int | None = None
+        self._texts = texts
+        self._replaced = replaced
+
+    def __iter__(self) -> Iterator[Document]:
+        return (Document(text, self._replaced) for text in self._texts)

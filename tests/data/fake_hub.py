@@ -1,0 +1,107 @@
+"""A Hugging Face hub on localhost that serves one data set: as much of its interface as streaming uses."""
+
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs, unquote, urlsplit
+
+REVISION = "0123456789abcdef0123456789abcdef01234567"
+
+
+@contextmanager
+def fake_hub(dataset: str, files: dict[str, bytes]) -> Iterator[str]:
+    """Serve `files` (by path) as the data set `dataset` (OWNER/NAME); yields the endpoint's address."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            path = unquote(urlsplit(self.path).path)
+            if path in (f"/api/datasets/{dataset}", f"/api/datasets/{dataset}/revision/{REVISION}"):
+                self._json(_repository(dataset, files))
+            elif match := re.fullmatch(f"/api/datasets/{dataset}/tree/{REVISION}(/.*)?", path):
+                self._json(_tree(files, (match[1] or "").strip("/")))
+            elif match := re.fullmatch(f"/datasets/{dataset}/resolve/{REVISION}/(.+)", path):
+                self._file(match[1])
+            else:
+                self._missing()
+
+        do_HEAD = do_GET
+
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"])).decode()
+            if self.path == f"/api/datasets/{dataset}/paths-info/{REVISION}":
+                self._json([_entry(path, files[path]) for path in parse_qs(body)["paths"] if path in files])
+            else:
+                self._missing()
+
+        def _file(self, path: str) -> None:
+            if path not in files:
+                return self._missing()
+            data, status, headers = (
+                files[path],
+                200,
+                {"ETag": f'"{_blob_id(files[path])}"', "X-Repo-Commit": REVISION},
+            )
+            if requested := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+                first, last = int(requested[1]), int(requested[2] or len(data) - 1)
+                headers["Content-Range"] = f"bytes {first}-{min(last, len(data) - 1)}/{len(data)}"
+                data, status = data[first : last + 1], 206
+            self._answer(status, data, headers)
+
+        def _json(self, value: object) -> None:
+            self._answer(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+        def _missing(self) -> None:
+            self._answer(404, b"", {"X-Error-Code": "EntryNotFound" if dataset in self.path else "RepoNotFound"})
+
+        def _answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+            self.send_response(status)
+            for key, value in {**headers, "Content-Length": str(len(body))}.items():
+                self.send_header(key, value)
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Silent: the tests' output is for failures."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def _blob_id(data: bytes) -> str:
+    return hashlib.sha1(data).hexdigest()
+
+
+def _entry(path: str, data: bytes) -> dict[str, object]:
+    return {"type": "file", "path": path, "size": len(data), "oid": _blob_id(data)}
+
+
+def _tree(files: dict[str, bytes], folder: str) -> list[dict[str, object]]:
+    prefix = f"{folder}/" if folder else ""
+    return [_entry(path, data) for path, data in files.items() if path.startswith(prefix)]
+
+
+def _repository(dataset: str, files: dict[str, bytes]) -> dict[str, object]:
+    siblings = [{"rfilename": path} for path in files]
+    return {
+        "_id": "1",
+        "id": dataset,
+        "sha": REVISION,
+        "private": False,
+        "tags": [],
+        "downloads": 0,
+        "siblings": siblings,
+    }
