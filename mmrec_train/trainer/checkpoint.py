@@ -1,0 +1,168 @@
+"""Saving and restoring a run, all ranks together.
+
+A checkpoint holds, under `checkpoints/step_N/`:
+
+- `deepspeed/`: parameters, fp32 master weights and optimizer states, as DeepSpeed partitions them;
+- `ranks/rank_R.pt`: what each rank alone knows: its lanes' memories and its random number generators;
+- `run.json`: what every rank knows: step, tokens, position in the data, the run's identity;
+- `model/`: the weights in one piece with configuration and tokenizer, as Hugging Face loads them;
+- `COMPLETE`: the manifest (see `checkpoint_files`).
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.config import ZeroStageEnum
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from mmrec_train.errors import UserError
+from mmrec_train.model import MemoryState
+from mmrec_train.trainer import checkpoint_files
+from mmrec_train.trainer.distributed import World
+
+DEEPSPEED_TAG = "deepspeed"
+RUN_FILE = "run.json"
+MODEL_FOLDER = "model"
+
+
+class WeightsOnlyCheckpointEngine(TorchCheckpointEngine):
+    """DeepSpeed's file format, read without executing pickles: only tensors and the classes named here are built."""
+
+    _KNOWN_CLASSES = [LossScaler, DynamicLossScaler, ZeroStageEnum]  # noqa: RUF012  (never changed)
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        with torch.serialization.safe_globals(self._KNOWN_CLASSES):
+            return torch.load(path, map_location=map_location, weights_only=True)
+
+
+def save(
+    run_dir: Path,
+    engine: Any,
+    world: World,
+    *,
+    step: int,
+    run_state: dict[str, Any],
+    memories: list[tuple[MemoryState, ...]],
+    tokenizer: PreTrainedTokenizerBase,
+    keep_last: int,
+) -> Path:
+    """Writes `checkpoints/step_N`; a collective call. An earlier checkpoint is removed only after this one is complete.
+
+    run_state: JSON-able; the same on every rank. memories: of this rank's lanes, one tuple of layers per micro-batch.
+    """
+    folder = run_dir / "checkpoints" / f"step_{step}.tmp"
+    if world.is_main:
+        checkpoint_files.begin(run_dir, step)
+    dist.barrier()
+    engine.save_checkpoint(str(folder), tag=DEEPSPEED_TAG, save_latest=False)
+    (folder / "ranks").mkdir(exist_ok=True)
+    rank_state = {
+        "memories": [[tuple(t.cpu() for t in layer) for layer in micro_batch] for micro_batch in memories],
+        "rng": torch.get_rng_state(),
+        "device_rng": get_accelerator().get_rng_state(),
+    }
+    torch.save(rank_state, _rank_file(folder, world))
+    weights = _whole_weights(engine)
+    if world.is_main:
+        (folder / RUN_FILE).write_text(json.dumps(run_state, indent=1))
+        transformers_logging.disable_progress_bar()
+        engine.module.save_pretrained(folder / MODEL_FOLDER, state_dict=weights)
+        tokenizer.save_pretrained(folder / MODEL_FOLDER)
+    dist.barrier()
+    # every rank hashes its share of all files, rank 0 gathers the entries and commits
+    files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    entries = checkpoint_files.hash_files(folder, files[world.rank :: world.size])
+    gathered: list[dict | None] = [None] * world.size
+    dist.all_gather_object(gathered, entries)
+    if world.is_main:
+        merged = {name: entry for part in gathered if part for name, entry in part.items()}
+        checkpoint_files.commit(folder, merged, meta={"step": step})
+        checkpoint_files.prune(run_dir, keep_last)
+    dist.barrier()
+    return run_dir / "checkpoints" / f"step_{step}"
+
+
+def find(run_dir: Path, resume: str, report: Any) -> Path | None:
+    """The checkpoint to go on from: of `--resume auto|never|PATH`. None to start anew.
+
+    PATH is a checkpoint or a run folder. Raises UserError when PATH holds no complete checkpoint, and for `never` when
+    the run folder has some already (nothing is overwritten).
+    """
+    if resume == "never":
+        if checkpoint_files.latest_complete(run_dir, report) is not None:
+            raise UserError(
+                f"{run_dir} holds checkpoints and --resume is never; choose another run_dir, or --resume auto to go on"
+            )
+        return None
+    if resume == "auto":
+        return checkpoint_files.latest_complete(run_dir, report)
+    return resolve(Path(resume), report)
+
+
+def resolve(path: Path, report: Any) -> Path:
+    """The complete checkpoint that a path names: itself, or the newest one of a run folder. Raises UserError."""
+    if (path / "checkpoints").is_dir():
+        newest = checkpoint_files.latest_complete(path, report)
+        if newest is None:
+            raise UserError(f"{path} holds no complete checkpoint")
+        return newest
+    if not path.is_dir():
+        raise UserError(f"{path} is neither a run folder nor a checkpoint (checkpoints/step_N in a run folder)")
+    problems = checkpoint_files.verify(path)
+    if problems:
+        raise UserError(f"{path} cannot be used: " + "; ".join(problems))
+    return path
+
+
+def read_run_state(checkpoint: Path) -> dict[str, Any]:
+    return json.loads((checkpoint / RUN_FILE).read_text())
+
+
+def check_identity(checkpoint: Path, stored: dict[str, Any], current: dict[str, Any]) -> None:
+    """Raises UserError that names every entry in which a checkpoint's identity differs from the run's."""
+    differences = [
+        f"{key} is {stored.get(key)} in the checkpoint and {current.get(key)} here"
+        for key in sorted(stored.keys() | current.keys())
+        if stored.get(key) != current.get(key)
+    ]
+    if differences:
+        raise UserError(
+            f"{checkpoint} belongs to another setting: {'; '.join(differences)}. "
+            "Restore these, or start a new run in another run_dir."
+        )
+
+
+def restore(
+    checkpoint: Path, engine: Any, world: World, memories: list[tuple[MemoryState, ...]]
+) -> list[tuple[MemoryState, ...]]:
+    """Loads parameters, optimizer and this rank's generators; returns its memories in the places of those given."""
+    engine.checkpoint_engine = WeightsOnlyCheckpointEngine()
+    engine.load_checkpoint(str(checkpoint), tag=DEEPSPEED_TAG)
+    rank_state = torch.load(_rank_file(checkpoint, world), map_location="cpu", weights_only=True)
+    torch.set_rng_state(rank_state["rng"])
+    get_accelerator().set_rng_state(rank_state["device_rng"])
+    return [
+        tuple(
+            MemoryState(*(s.to(e.device) for s, e in zip(stored, empty, strict=True)))
+            for stored, empty in zip(stored_layers, empty_layers, strict=True)
+        )
+        for stored_layers, empty_layers in zip(rank_state["memories"], memories, strict=True)
+    ]
+
+
+def _rank_file(folder: Path, world: World) -> Path:
+    return folder / "ranks" / f"rank_{world.rank}.pt"
+
+
+def _whole_weights(engine: Any) -> dict[str, torch.Tensor] | None:
+    """The unpartitioned weights in compute precision on rank 0, None or whatever elsewhere; a collective call."""
+    if engine.zero_optimization_partition_weights():
+        return engine._zero3_consolidated_16bit_state_dict()
+    return engine.module.state_dict()

@@ -1,0 +1,82 @@
+"""The ranks of a run: who we are, and joining the others."""
+
+import logging
+import os
+import socket
+import warnings
+from datetime import timedelta
+from typing import NamedTuple, Self
+
+import torch
+from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
+
+from mmrec_train.errors import UserError
+
+JOIN_TIMEOUT = timedelta(minutes=30)  # the slowest collective: rank 0 writes a checkpoint while the others wait
+
+
+class World(NamedTuple):
+    """This process among the ranks, as the launcher (deepspeed, torchrun, SLURM script) says it in the environment."""
+
+    rank: int
+    local_rank: int
+    size: int
+
+    @classmethod
+    def from_environment(cls) -> Self:
+        """Without a launcher: one rank."""
+        return cls(
+            rank=int(os.environ.get("RANK", 0)),
+            local_rank=int(os.environ.get("LOCAL_RANK", 0)),
+            size=int(os.environ.get("WORLD_SIZE", 1)),
+        )
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def join(world: World, *, on_gpu: bool) -> torch.device:
+    """Joins the process group through DeepSpeed and returns this rank's device.
+
+    Raises UserError when the port that the ranks meet at is taken, or when DeepSpeed chose another kind of device.
+    """
+    chosen = get_accelerator().device_name()
+    if (chosen == "cuda") != on_gpu:
+        raise UserError(
+            f"train.device asks for {'a GPU' if on_gpu else 'the CPU'}, but DeepSpeed was imported for {chosen}; "
+            f"set DS_ACCELERATOR={'cuda' if on_gpu else 'cpu'} in the environment"
+        )
+    for name, value in (("RANK", world.rank), ("LOCAL_RANK", world.local_rank), ("WORLD_SIZE", world.size)):
+        os.environ.setdefault(name, str(value))
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if "MASTER_PORT" not in os.environ:
+        os.environ["MASTER_PORT"] = str(_free_port())
+    if world.is_main and "TORCHELASTIC_USE_AGENT_STORE" not in os.environ:  # torchrun's agent holds the port itself
+        _check_port(int(os.environ["MASTER_PORT"]))
+    if on_gpu:
+        torch.cuda.set_device(world.local_rank)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed 0.19 calls collectives by names that torch 2.13 deprecates
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
+    dist.init_distributed(timeout=JOIN_TIMEOUT, verbose=False)
+    return torch.device("cuda", world.local_rank) if on_gpu else torch.device("cpu")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _check_port(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise UserError(
+                f"port {port}, where the ranks were to meet, cannot be used ({error.strerror}); "
+                "another run may hold it: pass another one to the launcher, `deepspeed --master_port PORT …`"
+            ) from error

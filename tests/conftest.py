@@ -1,0 +1,20 @@
+import os
+
+import pytest
+
+from tests.trainer.runs import prepare_dataset, write_config
+
+# before anything imports deepspeed: tests drive it on the CPU; those on GPUs start processes of their own
+os.environ["DS_ACCELERATOR"] = "cpu"
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory):
+    """A small real data set: a part of the standard library, 512 tokens of vocabulary."""
+    return prepare_dataset(tmp_path_factory.mktemp("data") / "stdlib")
+
+
+@pytest.fixture
+def config_file(tmp_path, dataset):
+    """The configuration file of `write_config`, with its run folder beside it."""
+    return write_config(tmp_path, dataset)
