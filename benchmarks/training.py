@@ -55,7 +55,7 @@ def row(strategy: str, gpus: int, run_dir: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True)
+    parser.add_argument("--config", default="launch/configs/350m.yaml")
     parser.add_argument("--strategies", nargs="+", default=["zero3"])
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--set", dest="overrides", nargs="+", default=[])

@@ -94,20 +94,26 @@ def _picard(
     residual = torch.full((batch,), float("inf"), device=guess.device)
     active = torch.ones(batch, dtype=torch.bool, device=guess.device)
     token_change = torch.zeros(batch, length, dtype=guess.dtype, device=guess.device)
+    all_active = True
     for _ in range(min(max_iterations, length)):
         new = update(value)
-        change, size = (new - value).abs(), new.abs()
+        change, size = new - value, new
         if importance is not None:
-            change, size = change * importance, size * importance
-        row_change = change.amax(2)
-        scale = size.amax((1, 2)).clamp_min(torch.finfo(guess.dtype).tiny)
-        value = torch.where(active.view(-1, 1, 1), new, value)
-        token_change = torch.where(active.view(-1, 1), row_change / scale.unsqueeze(1), token_change)
-        residual = torch.where(active, (row_change.amax(1) / scale).float(), residual)
+            change, size = change.mul_(importance), new * importance
+        row_change = torch.linalg.vector_norm(change, float("inf"), dim=2)
+        scale = torch.linalg.vector_norm(size, float("inf"), dim=(1, 2)).clamp_min(torch.finfo(guess.dtype).tiny)
+        new_residual, new_token_change = row_change.amax(1) / scale, row_change / scale.unsqueeze(1)
+        if all_active:
+            value, token_change, residual = new, new_token_change, new_residual.float()
+        else:
+            value = torch.where(active.view(-1, 1, 1), new, value)
+            token_change = torch.where(active.view(-1, 1), new_token_change, token_change)
+            residual = torch.where(active, new_residual.float(), residual)
         iterations += active
         active = active & (residual > tolerance)
         # the one place where the host waits for the device: whether to go on
-        if not active.any():
+        any_active, all_active = torch.stack([active.any(), active.all()]).tolist()
+        if not any_active:
             break
     else:
         if max_iterations >= length:  # after T iterations every token is exact, whatever the last change was

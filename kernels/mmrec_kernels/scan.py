@@ -29,15 +29,18 @@ class BlockedScan:
 
     def __init__(self, gamma: Tensor):
         batch, length, width = gamma.shape
-        self.gamma = gamma
         self.blocks = length // BLOCK if length > BLOCK else 0
+        done = self.blocks * BLOCK
+        self.tail = gamma[:, done:].unbind(1)
         if self.blocks:
-            whole = gamma[:, : self.blocks * BLOCK].reshape(batch, self.blocks, BLOCK, width)
+            whole = gamma[:, :done].reshape(batch, self.blocks, BLOCK, width)
+            self.gamma = whole.unbind(2)
             self.decay = torch.empty_like(whole)
-            self.decay[:, :, 0] = whole[:, :, 0]
+            products = self.decay.unbind(2)
+            products[0].copy_(self.gamma[0])
             for i in range(1, BLOCK):
-                torch.mul(self.decay[:, :, i - 1], whole[:, :, i], out=self.decay[:, :, i])
-            self.carry = BlockedScan(self.decay[:, :, -1])
+                torch.mul(products[i - 1], self.gamma[i], out=products[i])
+            self.carry = BlockedScan(products[-1])
 
     def __call__(self, x: Tensor, initial: Tensor) -> Tensor:
         """Returns h [B, T, D] for x [B, T, D] and the state [B, D] before the first token."""
@@ -46,18 +49,18 @@ class BlockedScan:
         if self.blocks:
             batch, _, width = x.shape
             shape = (batch, self.blocks, BLOCK, width)
-            local, source = h[:, :done].view(shape), x[:, :done].view(shape)
-            gamma = self.gamma[:, :done].view(shape)
-            local[:, :, 0] = source[:, :, 0]
+            local = h[:, :done].view(shape)
+            states, inputs = local.unbind(2), x[:, :done].view(shape).unbind(2)
+            states[0].copy_(inputs[0])
             for i in range(1, BLOCK):
-                torch.addcmul(source[:, :, i], gamma[:, :, i], local[:, :, i - 1], out=local[:, :, i])
-            ends = self.carry(local[:, :, -1].contiguous(), initial)
+                torch.addcmul(inputs[i], self.gamma[i], states[i - 1], out=states[i])
+            ends = self.carry(states[-1].contiguous(), initial)
             inherited = torch.cat([initial.unsqueeze(1), ends[:, :-1]], dim=1)
             local.addcmul_(self.decay, inherited.unsqueeze(2))
             initial = ends[:, -1]
-        for t in range(done, x.shape[1]):
-            torch.addcmul(x[:, t], self.gamma[:, t], initial, out=h[:, t])
-            initial = h[:, t]
+        for gamma, value, state in zip(self.tail, x[:, done:].unbind(1), h[:, done:].unbind(1), strict=True):
+            torch.addcmul(value, gamma, initial, out=state)
+            initial = state
         return h
 
 

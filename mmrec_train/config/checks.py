@@ -25,24 +25,14 @@ def combination_problems(config: RunConfig) -> Iterator[Problem]:
 def check_world(config: RunConfig, world_size: int) -> int:
     """The number of micro-batches that each of `world_size` ranks accumulates for one optimizer step.
 
-    Raises UserError where the batch cannot be split so, or cannot be accumulated in fp32.
+    Raises UserError where the batch cannot be split so.
     """
     train = config.train
     per_pass = world_size * train.micro_batch_size
     if train.global_batch_size % per_pass:
         parts = f"{world_size} ranks × train.micro_batch_size {train.micro_batch_size} = {per_pass}"
         raise_problems([_batch_problem(config, per_pass, parts)])
-    accumulation = train.global_batch_size // per_pass
-    stage = deepspeed_file.stage(deepspeed_file.zero_section(config))
-    if accumulation > 1 and stage == 0 and train.precision != "fp32":
-        # DeepSpeed 0.19 has no fp32 gradient buffers without ZeRO.
-        message = (
-            f"train.precision {train.precision} with ZeRO stage 0 cannot accumulate {accumulation} micro-batches "
-            "in fp32; use ds_configs/zero1.json, train.precision fp32, or "
-            f"train.micro_batch_size {accumulation * train.micro_batch_size}"
-        )
-        raise_problems([Problem(config.mark("train.precision"), message)])
-    return accumulation
+    return train.global_batch_size // per_pass
 
 
 def check_machine(config: RunConfig) -> None:
@@ -81,7 +71,7 @@ def _cpu_has_fp16() -> bool:
 
 def _folder_problems(config: RunConfig) -> Iterator[Problem]:
     run_dir = Path(config.run_dir).absolute()
-    existing = next(folder for folder in (run_dir, *run_dir.parents) if folder.exists())
+    existing = next(folder for folder in (run_dir, *run_dir.parents) if os.path.exists(folder))
     if not existing.is_dir():
         yield Problem(
             config.mark("run_dir"),

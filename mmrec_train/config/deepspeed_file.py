@@ -4,6 +4,7 @@ A file says where things live (ZeRO stage, offload) and how they are moved (buck
 ignores a top-level key that it does not know and would let a file contradict the run, so both are refused here.
 """
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ def resolve(written: str, folder: Path) -> str | None:
     relative to it, so that a saved configuration works on another machine too.
     """
     for candidate in (folder / written, REPOSITORY / written):
-        if candidate.is_file():
+        if os.path.isfile(candidate):
             found = candidate.resolve()
             return str(found.relative_to(REPOSITORY) if found.is_relative_to(REPOSITORY) else found)
     return None
@@ -53,13 +54,7 @@ def read(config: RunConfig, problems: list[Problem]) -> Marked:
 
 def zero_section(config: RunConfig) -> dict[str, Any]:
     """The file's `zero_optimization`, without marks; empty where it has none."""
-    section: dict[str, Any] = read(config, []).plain().get("zero_optimization", {})
-    return section
-
-
-def stage(zero: dict[str, Any]) -> int:
-    """ZeRO stage of a `zero_optimization` section."""
-    return int(zero.get("stage", 0))
+    return read(config, []).plain().get("zero_optimization") or {}
 
 
 def offload_device(zero: dict[str, Any], name: str) -> str:
@@ -102,12 +97,19 @@ def _section(section: Marked, name: str, valid: frozenset[str]) -> Iterator[Prob
 
 def _zero(document: Marked, config: RunConfig) -> Iterator[Problem]:
     """Stage and offload against each other and against the run configuration."""
-    node = document.get(("zero_optimization",))
-    zero = node.plain() if node else {}
+    zero = document.plain().get("zero_optimization") or {}
     level = zero.get("stage", 0)
     if type(level) is not int or not 0 <= level <= 3:
         yield Problem(document.mark_of(("zero_optimization", "stage")), f"stage must be 0, 1, 2 or 3, got {level!r}")
         return
+    if level == 0 and config.train.precision != "fp32":
+        # Without ZeRO, DeepSpeed 0.19.8 takes a step of Adam while it starts, divides fp16 gradients by a loss scale
+        # that it did not apply, and accumulates in 16 bits.
+        yield Problem(
+            config.mark("train.precision"),
+            f"train.precision {config.train.precision} needs ZeRO, but {document.mark} has stage 0; use fp32, or "
+            "ds_configs/zero1.json",
+        )
     for name in OFFLOADS:
         mark = document.mark_of(("zero_optimization", name, "device"))
         device = offload_device(zero, name)

@@ -25,7 +25,7 @@ def deepspeed_config(config: RunConfig, world_size: int, model_config: "MMRecCon
     accumulation = check_world(config, world_size)
     raise_problems(deepspeed_file.problems(config))
     settings = {key: value for key, value in deepspeed_file.read(config, []).plain().items() if key not in OWNED}
-    zero = settings.setdefault("zero_optimization", {})
+    zero = settings["zero_optimization"] = settings.get("zero_optimization") or {}
     _place_offload(zero, config, world_size, model_config)
     train = config.train
     settings = {"steps_per_print": STEPS_PER_PRINT, "wall_clock_breakdown": False} | _without_auto(settings)
@@ -35,14 +35,11 @@ def deepspeed_config(config: RunConfig, world_size: int, model_config: "MMRecCon
         "gradient_accumulation_steps": accumulation,
         "bf16": {"enabled": train.precision == "bf16"},
         "fp16": {"enabled": train.precision == "fp16", "loss_scale": 0, "initial_scale_power": 16},
+        "data_types": {"grad_accum_dtype": "fp32"},  # the default is the model's
         "gradient_clipping": 0.0,  # the trainer clips, by component and as a whole; DeepSpeed's default is 1.0
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": deepspeed_file.offload_device(zero, "offload_optimizer") != "none",
     }
-    if train.precision == "fp32" or deepspeed_file.stage(zero) > 0:
-        # The default would be the model's. Without ZeRO, DeepSpeed refuses a mix, and `check_world` sees to it
-        # that there is nothing to accumulate.
-        settings["data_types"] = {"grad_accum_dtype": "fp32"}
     _check_types(settings["zero_optimization"], config)
     return settings
 

@@ -1,13 +1,13 @@
 """What a run will need, before anything is allocated: bytes on the GPU, in host memory and on NVMe, for each rank.
 
 An estimate from the sizes that DeepSpeed 0.19 allocates for each ZeRO stage and offload, with P parameters, N ranks and
-p = ⌈P/N⌉ a rank's share. Counted in bytes, with b = 2 (bf16, fp16) or 4 (fp32):
+p = ⌈P/N⌉ a rank's share. Counted in bytes, with b = 2 (bf16, fp16) or 4 (fp32, the only precision at stage 0):
 
 | | stage 0 | stage 1 | stage 2 | stage 3 |
 |---|---|---|---|---|
-| parameters | bP | bP | bP | bp, and b·min(P, stage3_max_live_parameters) gathered |
-| gradients | bP (16 bit: and 4P as the step's fp32 copy) | 4P and 4p (bf16: 4P and 2P) | 4p | 4p |
-| optimizer: fp32 master weights and two moments | 12P (fp32: 8P) | 12p | 12p | 12p (fp32: 8p) |
+| parameters | 4P | bP | bP | bp, and b·min(P, stage3_max_live_parameters) gathered |
+| gradients | 4P | 4P and 4p (bf16: 4P and 2P) | 4p | 4p |
+| optimizer: fp32 master weights and two moments | 8P | 12p | 12p | 12p (fp32: 8p) |
 | buffers | b·reduce_bucket_size, twice where reduction overlaps; stage 3 also 4·min(p, sub_group_size) |
 
 Offloading the optimizer moves its states and the gradients to the host; on NVMe its states and a copy of the gradients
@@ -170,7 +170,7 @@ def _gradients(sizes: _Sizes) -> Bytes:
     if device != "none":
         return _host(share, pinned) + Bytes(nvme=share if device == "nvme" else 0)
     if sizes.stage == 0:
-        return Bytes(gpu=full if sizes.precision == "fp32" else full + sizes.element * sizes.parameters)
+        return Bytes(gpu=full)
     if sizes.stage == 1:
         return Bytes(gpu=full + (2 * sizes.parameters if sizes.precision == "bf16" else share))
     return Bytes(gpu=share)

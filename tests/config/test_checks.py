@@ -38,20 +38,6 @@ def test_a_batch_that_ranks_cannot_share(
     )
 
 
-def test_16_bit_accumulation_needs_zero(write: Write, minimal: str) -> None:
-    path = write("run.yaml", minimal)
-    config = load_config(path, ["deepspeed.config=ds_configs/zero0.json", "train.precision=bf16"])
-    assert check_world(config, 2) == 1
-    with pytest.raises(UserError) as caught:
-        check_world(config, 1)
-    assert str(caught.value) == (
-        "--set train.precision=bf16: train.precision bf16 with ZeRO stage 0 cannot accumulate 2 micro-batches in fp32; "
-        "use ds_configs/zero1.json, train.precision fp32, or train.micro_batch_size 4"
-    )
-    assert check_world(load_config(path, ["deepspeed.config=ds_configs/zero0.json"]), 1) == 2
-    assert check_world(load_config(path, ["deepspeed.config=ds_configs/zero1.json", "train.precision=bf16"]), 1) == 2
-
-
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool, bool], None]:
     """Pretends that there is a GPU, or none, with or without bf16."""

@@ -104,6 +104,16 @@ def test_all_mistakes_are_in_one_message(load: Callable[..., RunConfig]) -> None
     ]
 
 
+@pytest.mark.parametrize(
+    "text", ["{}", '{"zero_optimization": null}', '{"zero_optimization": {"offload_param": null}}']
+)
+def test_what_a_file_leaves_out_is_off(load: Callable[..., RunConfig], text: str) -> None:
+    config = load(text)
+    settings = deepspeed_config(config, 1, config.model.to_model_config(None))
+    assert settings["zero_optimization"].get("stage", 0) == 0
+    assert settings["gradient_accumulation_steps"] == 2
+
+
 def test_auto_leaves_the_decision_to_the_run(load: Callable[..., RunConfig]) -> None:
     text = """{
         "train_batch_size": "auto", "bf16": {"enabled": "auto"}, "gradient_clipping": "auto",
@@ -134,15 +144,23 @@ def test_deepspeed_takes_every_shipped_file(
 ) -> None:
     from deepspeed.runtime.config import DeepSpeedConfig
 
-    # Without ZeRO nothing can be accumulated in 16 bits, so one rank takes the whole batch.
     overrides = [f"deepspeed.config={path}", f"deepspeed.nvme_path={tmp_path}", f"train.precision={precision}"]
-    config = load_config(write("run.yaml", minimal), [*overrides, "train.micro_batch_size=4"])
+    file = write("run.yaml", minimal)
+    if path.stem == "zero0" and precision != "fp32":
+        with pytest.raises(UserError) as caught:
+            load_config(file, overrides)
+        assert str(caught.value) == (
+            f"--set train.precision={precision}: train.precision {precision} needs ZeRO, but ds_configs/zero0.json has "
+            "stage 0; use fp32, or ds_configs/zero1.json"
+        )
+        return
+    config = load_config(file, overrides)
     parsed = DeepSpeedConfig(deepspeed_config(config, 1, config.model.to_model_config(None)))
     assert parsed.zero_optimization_stage == int(path.stem[4])
     assert (parsed.bfloat16_config.enabled, parsed.float16_config.enabled) == (precision == "bf16", precision == "fp16")
     assert parsed.float16_config.initial_dynamic_scale() == 2**16
     assert parsed.gradient_clipping == 0.0
-    assert parsed.grad_accum_dtype == (None if path.stem == "zero0" and precision != "fp32" else "fp32")
+    assert parsed.grad_accum_dtype == "fp32"
     device = path.stem.removeprefix("zero3_offload_") if "offload" in path.stem else None
     for offload in (parsed.zero_config.offload_param, parsed.zero_config.offload_optimizer):
         assert (offload and offload.device) == device

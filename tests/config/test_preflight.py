@@ -48,7 +48,6 @@ def gpu(count: int) -> Bytes:
     ("zero", "precision", "ranks", "parameters", "gradients", "optimizer", "buffers"),
     [
         (STAGE0, "fp32", 3, gpu(4000), gpu(4000), gpu(8000), gpu(400)),
-        (STAGE0, "bf16", 3, gpu(2000), gpu(6000), gpu(12000), gpu(200)),
         (STAGE1, "fp32", 3, gpu(4000), gpu(5336), gpu(4008), gpu(400)),
         (STAGE1, "bf16", 3, gpu(2000), gpu(6000), gpu(4008), gpu(200)),
         (STAGE1, "fp16", 3, gpu(2000), gpu(5336), gpu(4008), gpu(200)),

@@ -31,8 +31,8 @@ def run(function, inputs, reset, **options):
     result = function(*leaves, reset=reset, **options)
     h, final = result[0], result[1]
     generator = torch.Generator().manual_seed(99)
-    probe = torch.randn(h.shape, generator=generator, dtype=torch.float64).to(h.dtype)
-    probe_final = torch.randn(final.shape, generator=generator, dtype=torch.float64).to(final.dtype)
+    probe = torch.randn(h.shape, generator=generator, dtype=torch.float64).to(h)
+    probe_final = torch.randn(final.shape, generator=generator, dtype=torch.float64).to(final)
     loss = (h * probe).sum() + (final * probe_final).sum()
     return [h, final, *torch.autograd.grad(loss, leaves)]
 
