@@ -24,12 +24,11 @@ from transformers.utils import logging as transformers_logging
 
 from mmrec_train.errors import UserError
 from mmrec_train.model import MemoryState
-from mmrec_train.trainer import checkpoint_files
+from mmrec_train import checkpoint_files
 from mmrec_train.trainer.distributed import World
 
 DEEPSPEED_TAG = "deepspeed"
 RUN_FILE = "run.json"
-MODEL_FOLDER = "model"
 
 
 class WeightsOnlyCheckpointEngine(TorchCheckpointEngine):
@@ -73,8 +72,8 @@ def save(
     if world.is_main:
         (folder / RUN_FILE).write_text(json.dumps(run_state, indent=1))
         transformers_logging.disable_progress_bar()
-        engine.module.save_pretrained(folder / MODEL_FOLDER, state_dict=weights)
-        tokenizer.save_pretrained(folder / MODEL_FOLDER)
+        engine.module.save_pretrained(folder / checkpoint_files.MODEL_FOLDER, state_dict=weights)
+        tokenizer.save_pretrained(folder / checkpoint_files.MODEL_FOLDER)
     dist.barrier()
     # every rank hashes its share of all files, rank 0 gathers the entries and commits
     files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
@@ -103,22 +102,7 @@ def find(run_dir: Path, resume: str, report: Any) -> Path | None:
         return None
     if resume == "auto":
         return checkpoint_files.latest_complete(run_dir, report)
-    return resolve(Path(resume), report)
-
-
-def resolve(path: Path, report: Any) -> Path:
-    """The complete checkpoint that a path names: itself, or the newest one of a run folder. Raises UserError."""
-    if (path / "checkpoints").is_dir():
-        newest = checkpoint_files.latest_complete(path, report)
-        if newest is None:
-            raise UserError(f"{path} holds no complete checkpoint")
-        return newest
-    if not path.is_dir():
-        raise UserError(f"{path} is neither a run folder nor a checkpoint (checkpoints/step_N in a run folder)")
-    problems = checkpoint_files.verify(path)
-    if problems:
-        raise UserError(f"{path} cannot be used: " + "; ".join(problems))
-    return path
+    return checkpoint_files.resolve(Path(resume), report)
 
 
 def read_run_state(checkpoint: Path) -> dict[str, Any]:

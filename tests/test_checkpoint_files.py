@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmrec_train.errors import UserError
-from mmrec_train.trainer import checkpoint_files
-from mmrec_train.trainer.checkpoint_files import (
+from mmrec_train import checkpoint_files
+from mmrec_train.checkpoint_files import (
     MANIFEST_NAME,
     begin,
     commit,
@@ -274,7 +274,7 @@ def test_a_failing_flush_leaves_the_checkpoint_uncommitted(tmp_path: Path, monke
 # all done, flushes the rename (4).
 KILLED_WRITER = """
     import os, pathlib, signal, sys
-    from mmrec_train.trainer.checkpoint_files import begin, commit, hash_files
+    from mmrec_train.checkpoint_files import begin, commit, hash_files
 
     run_dir, fatal_call = pathlib.Path(sys.argv[1]), int(sys.argv[2])
     tmp = begin(run_dir, 20)

@@ -26,6 +26,7 @@ from typing_extensions import TypedDict
 from mmrec_train.errors import UserError
 
 MANIFEST_NAME = "COMPLETE"
+MODEL_FOLDER = "model"  # the weights in one piece, as Hugging Face loads them
 
 _FOLDER_NAME = re.compile(r"step_(\d+)(\.tmp)?")
 
@@ -161,6 +162,21 @@ def latest_complete(run_dir: Path, report: Callable[[str], None]) -> Path | None
             return path
         report(f"Skipping checkpoint {path}: {'; '.join(problems)}")
     return None
+
+
+def resolve(path: Path, report: Callable[[str], None]) -> Path:
+    """The complete checkpoint that a path names: itself, or the newest one of a run folder. Raises UserError."""
+    if (path / "checkpoints").is_dir():
+        newest = latest_complete(path, report)
+        if newest is None:
+            raise UserError(f"{path} holds no complete checkpoint")
+        return newest
+    if not path.is_dir():
+        raise UserError(f"{path} is neither a run folder nor a checkpoint (checkpoints/step_N in a run folder)")
+    problems = verify(path)
+    if problems:
+        raise UserError(f"{path} cannot be used: " + "; ".join(problems))
+    return path
 
 
 def prune(run_dir: Path, keep_last: int) -> None:
