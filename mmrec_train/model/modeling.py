@@ -96,10 +96,10 @@ class MMRecModel(MMRecPreTrainedModel):
         self.checkpoint_every = 0
         self.post_init()
 
-    def empty_memory(self, batch: int) -> tuple[MemoryState, ...]:
-        """The memories of `batch` rows before any token, one `MemoryState` a layer, on the model's device."""
-        weight = self.norm.weight
-        return tuple(MemoryState.empty(self.config, batch, weight.dtype, weight.device) for _ in self.layers)
+    def empty_memory(self, batch: int, device: torch.device | str | None = None) -> tuple[MemoryState, ...]:
+        """The memories of `batch` rows before any token, one `MemoryState` a layer; on the model's device if None."""
+        device = self.device if device is None else device
+        return tuple(MemoryState.empty(self.config, batch, self.dtype, device) for _ in self.layers)
 
     def forward(
         self,
@@ -120,17 +120,18 @@ class MMRecModel(MMRecPreTrainedModel):
             reset: [B, T] bool, the first tokens of documents: they and what follows see nothing of what came before.
             chunk_size: See `chunk_bounds`. Results do not depend on it.
         """
-        batch, length = _sequence(input_ids, inputs_embeds).shape[:2]
-        states = self.empty_memory(batch) if memory_states is None else tuple(memory_states)
+        sequence = _sequence(input_ids, inputs_embeds)
+        batch, length = sequence.shape[:2]
+        states = self.empty_memory(batch, sequence.device) if memory_states is None else tuple(memory_states)
         if reset is None:
-            device = self.norm.weight.device
-            reset = torch.zeros(batch, length, dtype=torch.bool, device=device)
+            reset = torch.zeros(batch, length, dtype=torch.bool, device=sequence.device)
         if attention_mask is not None:
             reset = reset | document_starts(attention_mask, length)
         hidden, iterations, residuals = [], [], []
-        for chunk in chunk_bounds(length, chunk_size, self.config, batch, self.norm.weight):
-            part = _sequence(input_ids, inputs_embeds)[:, chunk]
-            x = part if input_ids is None else self.embed_tokens(part)
+        # no weight is touched here outside its own module: ZeRO-3 would take it for one of this module's
+        where = dict(batch=batch, device=sequence.device, dtype=self.dtype)
+        for chunk in chunk_bounds(length, chunk_size, self.config, **where):
+            x = sequence[:, chunk] if input_ids is None else self.embed_tokens(sequence[:, chunk])
             x, states, reports = self._chunk(x, states, reset[:, chunk])
             hidden.append(self.norm(x))
             iterations.append(torch.stack([r.iterations for r in reports]).float())
@@ -207,7 +208,8 @@ class MMRecForCausalLM(MMRecPreTrainedModel, GenerationMixin):
 
         losses, label_counts, logits, iterations, residuals = [], [], [], [], []
         states = memory_states
-        for chunk in chunk_bounds(length, chunk_size, self.config, batch, self.lm_head.weight):
+        where = dict(batch=batch, device=sequence.device, dtype=self.dtype)
+        for chunk in chunk_bounds(length, chunk_size, self.config, **where):
             size = chunk.stop - chunk.start
             output = self.model(
                 input_ids=None if input_ids is None else input_ids[:, chunk],

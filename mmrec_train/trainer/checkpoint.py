@@ -2,7 +2,8 @@
 
 A checkpoint holds, under `checkpoints/step_N/`:
 
-- `deepspeed/`: parameters, fp32 master weights and optimizer states, as DeepSpeed partitions them;
+- `deepspeed/`: parameters, fp32 master weights and optimizer states, as DeepSpeed partitions them (for states on NVMe,
+  `ranks/optimizer_R_G.pt` instead, see `swapped_optimizer`);
 - `ranks/rank_R.pt`: what each rank alone knows: its lanes' memories and its random number generators;
 - `run.json`: what every rank knows: step, tokens, position in the data, the run's identity;
 - `model/`: the weights in one piece with configuration and tokenizer, as Hugging Face loads them;
@@ -13,6 +14,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
@@ -22,12 +24,15 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from mmrec_train import checkpoint_files
 from mmrec_train.errors import UserError
 from mmrec_train.model import MemoryState
-from mmrec_train import checkpoint_files
+from mmrec_train.trainer import swapped_optimizer
 from mmrec_train.trainer.distributed import World
+from mmrec_train.trainer.optimizer import replay_bias_correction
 
 DEEPSPEED_TAG = "deepspeed"
+RANKS_FOLDER = "ranks"
 RUN_FILE = "run.json"
 
 
@@ -60,15 +65,18 @@ def save(
     if world.is_main:
         checkpoint_files.begin(run_dir, step)
     dist.barrier()
-    engine.save_checkpoint(str(folder), tag=DEEPSPEED_TAG, save_latest=False)
-    (folder / "ranks").mkdir(exist_ok=True)
+    (folder / RANKS_FOLDER).mkdir(exist_ok=True)
+    if swapped_optimizer.is_swapped(engine):
+        swapped_optimizer.save(engine, folder / RANKS_FOLDER, world.rank)
+    else:
+        engine.save_checkpoint(str(folder), tag=DEEPSPEED_TAG, save_latest=False)
     rank_state = {
         "memories": [[tuple(t.cpu() for t in layer) for layer in micro_batch] for micro_batch in memories],
         "rng": torch.get_rng_state(),
         "device_rng": get_accelerator().get_rng_state(),
     }
     torch.save(rank_state, _rank_file(folder, world))
-    weights = _whole_weights(engine)
+    weights = _whole_weights(engine, world)
     if world.is_main:
         (folder / RUN_FILE).write_text(json.dumps(run_state, indent=1))
         transformers_logging.disable_progress_bar()
@@ -102,7 +110,14 @@ def find(run_dir: Path, resume: str, report: Any) -> Path | None:
         return None
     if resume == "auto":
         return checkpoint_files.latest_complete(run_dir, report)
-    return checkpoint_files.resolve(Path(resume), report)
+    path = checkpoint_files.resolve(Path(resume), report)
+    newest = checkpoint_files.latest_complete(run_dir, report)
+    if newest is not None and newest.resolve() != path.resolve():
+        raise UserError(
+            f"{run_dir} holds {newest.name}, which is not the checkpoint to resume from ({path}); "
+            "choose another run_dir, so that nothing is overwritten"
+        )
+    return path
 
 
 def read_run_state(checkpoint: Path) -> dict[str, Any]:
@@ -127,8 +142,12 @@ def restore(
     checkpoint: Path, engine: Any, world: World, memories: list[tuple[MemoryState, ...]]
 ) -> list[tuple[MemoryState, ...]]:
     """Loads parameters, optimizer and this rank's generators; returns its memories in the places of those given."""
-    engine.checkpoint_engine = WeightsOnlyCheckpointEngine()
-    engine.load_checkpoint(str(checkpoint), tag=DEEPSPEED_TAG)
+    if swapped_optimizer.is_swapped(engine):
+        swapped_optimizer.restore(engine, checkpoint / RANKS_FOLDER, world.rank)
+    else:
+        engine.checkpoint_engine = WeightsOnlyCheckpointEngine()
+        engine.load_checkpoint(str(checkpoint), tag=DEEPSPEED_TAG)
+    replay_bias_correction(getattr(engine.optimizer, "optimizer", engine.optimizer))
     rank_state = torch.load(_rank_file(checkpoint, world), map_location="cpu", weights_only=True)
     torch.set_rng_state(rank_state["rng"])
     get_accelerator().set_rng_state(rank_state["device_rng"])
@@ -142,11 +161,22 @@ def restore(
 
 
 def _rank_file(folder: Path, world: World) -> Path:
-    return folder / "ranks" / f"rank_{world.rank}.pt"
+    return folder / RANKS_FOLDER / f"rank_{world.rank}.pt"
 
 
-def _whole_weights(engine: Any) -> dict[str, torch.Tensor] | None:
-    """The unpartitioned weights in compute precision on rank 0, None or whatever elsewhere; a collective call."""
-    if engine.zero_optimization_partition_weights():
-        return engine._zero3_consolidated_16bit_state_dict()
-    return engine.module.state_dict()
+def _whole_weights(engine: Any, world: World) -> dict[str, torch.Tensor]:
+    """The unpartitioned weights in compute precision, in host memory of rank 0; a collective call.
+
+    One parameter is whole at a time. DeepSpeed's own consolidation writes each of them back, which runs out of swap
+    buffers when parameters are on NVMe.
+    """
+    if not engine.zero_optimization_partition_weights():
+        return engine.module.state_dict()
+    engine.optimizer.checkpoint_event_prologue()
+    weights = {}
+    for name, parameter in engine.module.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter]):
+            if world.is_main:
+                weights[name] = parameter.detach().cpu().clone()
+    engine.optimizer.checkpoint_event_epilogue()
+    return weights

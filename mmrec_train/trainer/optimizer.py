@@ -57,6 +57,22 @@ def build_optimizer(groups: Iterable[dict], config: OptimizerSection, *, offload
     return torch.optim.AdamW(list(groups), **settings)
 
 
+def replay_bias_correction(optimizer: torch.optim.Optimizer) -> None:
+    """Brings the hidden counter of DeepSpeed's CPU Adam to where the restored states are; nothing for other optimizers.
+
+    Its kernel keeps β₁ᵗ and β₂ᵗ as running fp32 products, which are in no checkpoint; a jump to step t would take a
+    power instead and be off by rounding. So the steps are counted again on a dummy parameter.
+    """
+    kernel = getattr(optimizer, "ds_opt_adam", None)
+    steps = max((int(state["step"]) for state in optimizer.state.values() if "step" in state), default=0)
+    if kernel is None or steps == 0:
+        return
+    beta1, beta2 = optimizer.param_groups[0]["betas"]
+    dummies = [torch.zeros(1) for _ in range(4)]
+    for step in range(1, steps + 1):
+        kernel.adam_update(optimizer.opt_id, step, 0.0, beta1, beta2, 1.0, 0.0, True, *dummies)
+
+
 def learning_rate(step: int, total_steps: int, peak: float, schedule: ScheduleSection) -> float:
     """The learning rate of optimizer step `step`, counted from 0; a pure function, so there is no state to resume.
 

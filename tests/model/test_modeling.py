@@ -212,22 +212,24 @@ def test_slots_and_states_are_detached_on_demand(model):
 
 def test_long_sequences_are_cut_by_themselves():
     config = MMRecConfig.from_preset("tiny")
-    weight = torch.zeros(1)
-    assert chunk_bounds(32768, None, config, 1, weight) == [slice(0, 32768)]
-    assert [s.stop - s.start for s in chunk_bounds(32769, None, config, 1, weight)] == [8192] * 4 + [1]
-    assert chunk_bounds(10, 4, config, 1, weight) == [slice(0, 4), slice(4, 8), slice(8, 10)]
+    where = dict(batch=1, device=torch.device("cpu"), dtype=torch.float32)
+    assert chunk_bounds(32768, None, config, **where) == [slice(0, 32768)]
+    assert [s.stop - s.start for s in chunk_bounds(32769, None, config, **where)] == [8192] * 4 + [1]
+    assert chunk_bounds(10, 4, config, **where) == [slice(0, 4), slice(4, 8), slice(8, 10)]
 
 
 def test_auto_chunk_size_follows_free_memory(monkeypatch):
     config = MMRecConfig.from_preset("tiny")
 
+    where = dict(batch=1, device=torch.device("cpu"), dtype=torch.float32)
+
     class Memory:
         available = 1 << 60
 
     monkeypatch.setattr("mmrec_train.model.chunking.psutil.virtual_memory", lambda: Memory)
-    assert chunk_bounds(100000, "auto", config, 1, torch.zeros(1))[0] == slice(0, 32768)
+    assert chunk_bounds(100000, "auto", config, **where)[0] == slice(0, 32768)
     Memory.available = 0
-    assert chunk_bounds(100000, "auto", config, 1, torch.zeros(1))[0] == slice(0, 256)
+    assert chunk_bounds(100000, "auto", config, **where)[0] == slice(0, 256)
 
 
 def test_solver_report(model):
