@@ -10,7 +10,7 @@ DATA := data/stdlib
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help pretrain test lint bench ops
+.PHONY: help pretrain test lint bench ops comm
 
 help: ## List the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -28,8 +28,11 @@ $(DATA)/manifest.json: | $(READY)
 ops: $(READY) ## Compile DeepSpeed's operators (minutes, once)
 	$(BIN)/python launch/build_ops.py
 
+comm: $(READY)
+	$(BIN)/python launch/build_ops.py comm
+
 # A plain command, so that make runs it without a shell and a signal sent to make reaches it.
-pretrain: $(READY) ops $(DATA)/manifest.json ## A short real pretraining run; interrupted, the same command goes on
+pretrain: $(READY) comm $(DATA)/manifest.json ## A short real pretraining run; interrupted, the same command goes on
 	$(BIN)/python launch/local.py launch/pretrain.py --config launch/configs/quickstart.yaml --resume auto
 
 test: $(READY) ops ## The test suite (MARK=gpu for the tests that need a GPU)

@@ -1,11 +1,12 @@
 """Compiles the C++ operators that DeepSpeed would otherwise compile as training starts. Takes minutes, once.
 
-    python launch/build_ops.py
+    python launch/build_ops.py [comm] [cpu_adam] [async_io]
 
 Worth doing before the first run: ranks that compile at the same time wait for each other, and a build that is
 killed leaves a lock on which later ones wait forever. What cannot be built here is named, with what needs it.
 """
 
+import argparse
 import os
 import sys
 from pathlib import Path
@@ -17,18 +18,24 @@ from mmrec_train.errors import EXIT_OK
 
 # DeepSpeed's builder classes, and what they are for. An accelerator has no builder for what it does not need.
 OPERATORS = {
-    "ShareMemCommBuilder": "fast communication between ranks on CPUs (without it, they use gloo)",
-    "CPUAdamBuilder": "optimizer states in CPU memory (offload_optimizer)",
-    "AsyncIOBuilder": "parameters and optimizer states on NVMe (device: nvme), which needs libaio's headers",
+    "comm": ("ShareMemCommBuilder", "fast communication between ranks on CPUs (without it, they use gloo)"),
+    "cpu_adam": ("CPUAdamBuilder", "optimizer states in CPU memory (offload_optimizer)"),
+    "async_io": ("AsyncIOBuilder", "parameters and optimizer states on NVMe (device: nvme), needs libaio's headers"),
 }
 
 
 def main() -> int:
-    """Builds each operator, or says why not; the exit code is 0 either way."""
+    """Builds each operator named, or all, or says why not; the exit code is 0 either way."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("operators", nargs="*", metavar="OPERATOR", help=f"of {', '.join(OPERATORS)}; all if none")
+    names = parser.parse_args().operators or list(OPERATORS)
+    if unknown := set(names) - set(OPERATORS):
+        parser.error(f"unknown operator {', '.join(sorted(unknown))}; there are {', '.join(OPERATORS)}")
     for lock in Path(os.environ.get("TORCH_EXTENSIONS_DIR", get_default_build_root())).glob("**/lock"):
         print(f"Waiting for another build to release {lock}. If none is running, delete that file.", flush=True)
-    for name, purpose in OPERATORS.items():
-        builder = get_accelerator().create_op_builder(name)
+    for name in names:
+        builder_class, purpose = OPERATORS[name]
+        builder = get_accelerator().create_op_builder(builder_class)
         if builder is None:
             continue
         print(f"{builder.name}: for {purpose}", flush=True)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -49,7 +50,7 @@ def parameter_groups(model: nn.Module, config: OptimizerSection) -> list[dict]:
 
 def build_optimizer(groups: Iterable[dict], config: OptimizerSection, *, offloaded: bool) -> torch.optim.Optimizer:
     """AdamW: DeepSpeed's vectorised one for states in host memory, torch's otherwise."""
-    settings = dict(lr=config.learning_rate, betas=config.betas, eps=config.eps)
+    settings: dict[str, Any] = dict(lr=config.learning_rate, betas=config.betas, eps=config.eps)
     if offloaded:
         from deepspeed.ops.adam import DeepSpeedCPUAdam  # imported late: it compiles its kernel on first use
 
@@ -57,7 +58,7 @@ def build_optimizer(groups: Iterable[dict], config: OptimizerSection, *, offload
     return torch.optim.AdamW(list(groups), **settings)
 
 
-def replay_bias_correction(optimizer: torch.optim.Optimizer) -> None:
+def replay_bias_correction(optimizer: Any) -> None:
     """Brings the hidden counter of DeepSpeed's CPU Adam to where the restored states are; nothing for other optimizers.
 
     Its kernel keeps β₁ᵗ and β₂ᵗ as running fp32 products, which are in no checkpoint; a jump to step t would take a

@@ -209,7 +209,6 @@ class Trainer:
             tokenizer=self.tokenizer,
             keep_last=self.config.checkpoint.keep_last,
         )
-        self._saved_step = self.step
         if reporter:
             reporter.say(f"checkpoint: {path}")
 
@@ -262,8 +261,8 @@ class Trainer:
         train = self.config.train
         torch.manual_seed(train.seed)  # the same initial weights on every rank
         model = MMRecForCausalLM(self.model_config)
-        every = {"none": 0, "full": 1}.get(train.activation_checkpointing, train.activation_checkpointing)
-        model.model.checkpoint_every = every
+        every = train.activation_checkpointing
+        model.model.checkpoint_every = every if isinstance(every, int) else {"none": 0, "full": 1}[every]
         torch.manual_seed(train.seed + 1 + self.world.rank)  # dropout of its own on each
         groups = parameter_groups(model, self.config.optimizer)
         components = [group["component"] for group in groups]

@@ -154,6 +154,17 @@ def test_a_run_folder_that_cannot_be_written(
     assert not any(closed.iterdir())
 
 
+def test_a_run_folder_whose_checkpoints_cannot_be_written(
+    pretrain: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found now, not when the first checkpoint is due."""
+    checkpoints = tmp_path / "mine/checkpoints"
+    checkpoints.mkdir(parents=True)
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != checkpoints and access(path, mode))
+    assert f"no permission to write to {checkpoints}" in pretrain(f"run_dir={tmp_path}/mine").refusal
+
+
 def test_a_port_in_use(pretrain: Command) -> None:
     with socket.create_server(("127.0.0.1", 0)) as holder:
         port = holder.getsockname()[1]
@@ -164,7 +175,8 @@ def test_a_port_in_use(pretrain: Command) -> None:
 
 def test_a_gpu_demanded_where_there_is_none(config_file: Path) -> None:
     """A process of its own, as DeepSpeed chooses its accelerator at the first import."""
-    command = [sys.executable, REPOSITORY / "launch/pretrain.py", "--config", config_file, "--set", "train.device=gpu"]
+    script = str(REPOSITORY / "launch/pretrain.py")
+    command = [sys.executable, script, "--config", str(config_file), "--set", "train.device=gpu"]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     environment.pop("DS_ACCELERATOR", None)
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
@@ -235,4 +247,3 @@ def test_deepspeed_uses_the_device_that_the_run_asks_for(
     monkeypatch.delenv("DS_ACCELERATOR")
     assert pretrain(f"train.device={device}").code == 0
     assert os.environ["DS_ACCELERATOR"] == accelerator
-

@@ -22,7 +22,7 @@ SMALL_MODEL = dict(
 
 def prepare_dataset(out):
     command = [sys.executable, str(REPOSITORY / "launch/prepare_data.py"), "--source", "stdlib", "--out", str(out)]
-    command += ["--train-tokenizer", "512", "--max-tokens", "100000", "--validation-fraction", "0.1"]
+    command += ["--train-tokenizer", "512", "--max-tokens", "200000", "--validation-fraction", "0.2"]
     subprocess.run(command, check=True, capture_output=True)
     return out
 

@@ -1,5 +1,6 @@
 """Learning-rate schedules against their closed formulas, and which group each parameter of a real model is in."""
 
+import itertools
 import math
 from typing import Any, cast
 
@@ -65,7 +66,7 @@ def test_the_rate_rises_to_its_peak_and_falls_to_its_floor(case: tuple[ScheduleS
     assert rates[:warmup] == pytest.approx([peak * (i + 1) / warmup for i in range(warmup)])
     assert rates[warmup] == pytest.approx(peak)
     after = rates[warmup:]
-    assert all(later <= earlier * (1 + 1e-12) for earlier, later in zip(after, after[1:], strict=False))
+    assert all(later <= earlier * (1 + 1e-12) for earlier, later in itertools.pairwise(after))
     assert all(peak * schedule.min_lr_ratio * (1 - 1e-12) <= rate <= peak * (1 + 1e-12) for rate in after)
     if schedule.name == "cosine" or round(schedule.decay_fraction * steps) >= 2:
         assert rates[-1] == pytest.approx(peak * schedule.min_lr_ratio)

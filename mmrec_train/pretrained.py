@@ -1,0 +1,63 @@
+"""A trained model with its tokenizer, from what a run or an export left behind; needs no DeepSpeed."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from mmrec_train import checkpoint_files
+from mmrec_train.data.tokenizer import pretrained_tokenizer
+from mmrec_train.errors import UserError
+from mmrec_train.model import MMRecConfig, MMRecForCausalLM
+
+
+class Pretrained(NamedTuple):
+    """What `load_pretrained` found: the model in evaluation mode, its tokenizer, the folder they were read from."""
+
+    model: MMRecForCausalLM
+    tokenizer: PreTrainedTokenizerBase
+    folder: Path
+
+
+def default_device() -> torch.device:
+    """The GPU, if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def find_weights(path: Path, report: Callable[[str], None]) -> Path:
+    """The Hugging Face folder that a path names: itself, or that of a checkpoint, or of a run's newest complete one.
+
+    `report` gets a line for each torn checkpoint that is skipped. Raises UserError where there is none.
+    """
+    if (path / "config.json").is_file():
+        return path
+    return checkpoint_files.resolve(path, report) / checkpoint_files.MODEL_FOLDER
+
+
+def load_pretrained(path: Path, *, device: torch.device, report: Callable[[str], None]) -> Pretrained:
+    """Loads a run folder, a checkpoint or a Hugging Face folder, in the precision it was saved in.
+
+    Raises UserError where `find_weights` does, and for files that are damaged or of another kind of model.
+    """
+    folder = find_weights(path, report)
+    transformers_logging.disable_progress_bar()
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        if not isinstance(config, MMRecConfig):
+            raise UserError(f"{folder} holds a model of type {config.model_type}, not MM-Rec")
+        model, loading = MMRecForCausalLM.from_pretrained(
+            folder, config=config, dtype="auto", local_files_only=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"{folder} cannot be loaded: {reason}") from error
+    # from_pretrained only warns of these, and fills in random weights
+    wrong = sorted({*loading["missing_keys"], *loading["unexpected_keys"]})
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise UserError(f"{folder}: its weights do not fit its config.json: {', '.join(wrong[:3])}{more}")
+    return Pretrained(model.to(device).eval(), pretrained_tokenizer(str(folder)), folder)
