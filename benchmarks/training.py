@@ -16,7 +16,8 @@ from pathlib import Path
 
 from mmrec_train.monitoring import read_metrics
 
-HEADER = "| strategy | GPUs | steps | loss first → last | validation | tokens/s | MFU | peak GPU memory | solver iterations mean / max |"
+COLUMNS = "strategy, GPUs, steps, loss first → last, validation, tokens/s, MFU, peak GPU memory, iterations mean / max"
+HEADER = f"| {COLUMNS.replace(', ', ' | ')} |"
 
 
 def run(arguments: argparse.Namespace, strategy: str, folder: Path) -> str:
@@ -68,7 +69,7 @@ def main() -> None:
         rows = []
         for strategy in arguments.strategies:
             rows.append(run(arguments, strategy, folder))
-            print(HEADER, "|" + " --- |" * HEADER.count(" | ") + " --- |", *rows, sep="\n", flush=True)
+            print(HEADER, "|" + " --- |" * (HEADER.count("|") - 1), *rows, sep="\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,9 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="the beginning of the text; may be empty")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="stop here, if the text ends no earlier")
     parser.add_argument("--temperature", type=float, default=0.8, help="below 1: likelier tokens only (default: 0.8)")
-    parser.add_argument("--top-k", type=int, default=50, help="draw from this many likeliest tokens; 0: all (default: 50)")
+    parser.add_argument(
+        "--top-k", type=int, default=50, help="draw from this many likeliest tokens; 0: all (default: 50)"
+    )
     parser.add_argument("--seed", type=int, help="of the draws (default: another text each time)")
     parser.add_argument("--greedy", action="store_true", help="take the likeliest token each time, draw none")
     return parser.parse_args(arguments)

@@ -8,9 +8,7 @@ import argparse
 import os
 import sys
 
-import torch
-
-from mmrec_train.config import check_machine, deepspeed_config, load_config, runs_on_gpu
+from mmrec_train.config import RunConfig, check_machine, deepspeed_config, load_config, runs_on_gpu
 from mmrec_train.errors import EXIT_OK, EXIT_STOPPED, EXIT_USER_ERROR, UserError
 
 
@@ -39,11 +37,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def dry_run(config_path: str, overrides: list[str]) -> None:
+def dry_run(config: RunConfig) -> None:
+    """Prints what a run would be. Starts nothing, writes nothing."""
     from mmrec_train.config.preflight import describe
     from mmrec_train.data import open_dataset
 
-    config = load_config(config_path, overrides)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     check_machine(config)
     vocab_size = open_dataset(config.data.path, "train", verify=False).manifest.vocab_size
@@ -56,19 +54,18 @@ def dry_run(config_path: str, overrides: list[str]) -> None:
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     try:
-        if options.dry_run:
-            dry_run(options.config, options.overrides)
-            return EXIT_OK
         config = load_config(options.config, options.overrides)
         # DeepSpeed picks its accelerator when it is first imported
         os.environ.setdefault("DS_ACCELERATOR", "cuda" if runs_on_gpu(config) else "cpu")
+        if options.dry_run:
+            dry_run(config)
+            return EXIT_OK
         from mmrec_train.trainer import Trainer
 
         outcome = Trainer(config, resume=options.resume).fit()
         return EXIT_STOPPED if outcome.stopped else EXIT_OK
     except UserError as error:
-        # before the ranks have joined, all of them see the same mistake: one says it
-        if int(os.environ.get("RANK", 0)) == 0 or torch.distributed.is_initialized():
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # once on each machine: what is wrong there, others may not know
             print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
 

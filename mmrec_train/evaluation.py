@@ -61,7 +61,14 @@ def evaluate(
         on_progress: Called after each chunk with the number of tokens so far.
     """
     loader = LaneLoader(
-        dataset, num_lanes=batch, chunk_len=chunk_len, seed=0, rank=0, world_size=1, micro_batch_size=batch, shuffle=False
+        dataset,
+        num_lanes=batch,
+        chunk_len=chunk_len,
+        seed=0,
+        rank=0,
+        world_size=1,
+        micro_batch_size=batch,
+        shuffle=False,
     )
     wanted = dataset.num_tokens if tokens is None else min(tokens, dataset.num_tokens)
     places = _Places(batch)

@@ -16,7 +16,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmrec_train.errors import UserError
 from mmrec_train import checkpoint_files
 from mmrec_train.checkpoint_files import (
     MANIFEST_NAME,
@@ -28,6 +27,7 @@ from mmrec_train.checkpoint_files import (
     read_manifest,
     verify,
 )
+from mmrec_train.errors import UserError
 
 CONTENT = {
     "model.safetensors": b"weights" * 100,

@@ -70,8 +70,8 @@ def _cpu_has_fp16() -> bool:
 
 
 def _folder_problems(config: RunConfig) -> Iterator[Problem]:
-    run_dir = Path(config.run_dir).absolute()
-    existing = next(folder for folder in (run_dir, *run_dir.parents) if os.path.exists(folder))
+    checkpoints = Path(config.run_dir).absolute() / "checkpoints"
+    existing = next(folder for folder in (checkpoints, *checkpoints.parents) if os.path.exists(folder))
     if not existing.is_dir():
         yield Problem(
             config.mark("run_dir"),

@@ -25,7 +25,7 @@ class MemoryState(NamedTuple):
         segment_max: Largest pooling score of the unfinished segment of each bank [B, R], fp32.
         segment_weight: Sum of exp(score − segment_max) over it [B, R], fp32.
         segment_k, segment_v: Sums of its keys and values under these weights [B, D], fp32.
-        position: Tokens of the current document so far [B], int64; position mod S of them are in the unfinished segment.
+        position: Tokens of the current document so far [B], int64; the last position mod S are in no slot yet.
         document: Number of the current document in its lane [B], int64.
         slots_written: Slots written in all [B], int64; the next one goes to this number mod M.
     """

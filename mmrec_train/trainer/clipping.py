@@ -33,8 +33,8 @@ class GradientClipper:
         limits: Largest norms.
 
     Attributes:
-        norms: Norms of the last step before clipping: `grad_norm` and `grad_norm_<component>`; NaN where a step was
-            skipped because of a non-finite gradient.
+        norms: Norms of the last step before clipping: `grad_norm` and `grad_norm_<component>`; NaN or Inf for a
+            gradient that is not finite. DeepSpeed skips such a step in 16 bit, and takes it in fp32.
     """
 
     def __init__(self, engine: Any, components: list[str], limits: ClipSection):
@@ -122,7 +122,7 @@ class GradientClipper:
 
 
 def _factor(norm: float, limit: float) -> float:
-    """What brings a gradient of this norm down to the limit; 1 for one within it, and for a NaN (DeepSpeed skips it)."""
+    """What brings a gradient of this norm down to the limit; 1 for one within it, and for a NaN."""
     return limit / norm if norm > limit else 1.0
 
 

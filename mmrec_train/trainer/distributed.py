@@ -75,6 +75,8 @@ def _check_port(port: int) -> None:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("", port))
+        except OverflowError as error:
+            raise UserError(f"MASTER_PORT is {port}; a port is at most 65535") from error
         except OSError as error:
             raise UserError(
                 f"port {port}, where the ranks were to meet, cannot be used ({error.strerror}); "

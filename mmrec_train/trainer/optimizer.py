@@ -86,7 +86,8 @@ def learning_rate(step: int, total_steps: int, peak: float, schedule: ScheduleSe
     if schedule.name == "cosine":
         first, shape = schedule.warmup_steps, lambda x: 0.5 * (1 + math.cos(math.pi * x))
     else:
-        first = max(schedule.warmup_steps, total_steps - round(schedule.decay_fraction * total_steps))
+        first = max(schedule.warmup_steps, total_steps - max(1, round(schedule.decay_fraction * total_steps)))
         shape = lambda x: 1 - x  # noqa: E731
-    progress = min(max(step - first, 0) / max(total_steps - 1 - first, 1), 1.0)
+    span = total_steps - 1 - first
+    progress = min(max(step - first, 0) / span, 1.0) if span > 0 else float(step >= first)
     return floor + (peak - floor) * shape(progress)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mmrec_train.config import RunConfig, check_machine, check_world, deepspeed_config, runs_on_gpu, save_config
 from mmrec_train.data import Chunk, LaneLoader, load_tokenizer, open_dataset
+from mmrec_train.errors import UserError
 from mmrec_train.model import MemoryState, MMRecForCausalLM
 from mmrec_train.monitoring import Console
 from mmrec_train.trainer import checkpoint
@@ -245,17 +246,24 @@ class Trainer:
         """Joins the other ranks; finds the checkpoint to go on from, on rank 0, for all of them."""
         self.device = join(self.world, on_gpu=runs_on_gpu(self.config))
         stack.callback(dist.destroy_process_group)
-        found: list[str | None] = [None]
+        found: list[Any] = [None]
         if self.world.is_main:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             self.console = stack.enter_context(Console(self.run_dir))
-            path = checkpoint.find(self.run_dir, self.resume, self.console.print)
-            if path is not None:
-                checkpoint.check_identity(path, checkpoint.read_run_state(path)["identity"], self._identity())
-            save_config(self.config, self.run_dir / "config.yaml")
-            found = [None if path is None else str(path)]
+            try:
+                found = [self._find_checkpoint()]
+            except UserError as error:  # the others must not wait for this rank
+                found = [error]
         dist.broadcast_object_list(found, src=0)
-        self.resume_from = None if found[0] is None else Path(found[0])
+        if isinstance(found[0], UserError):
+            raise found[0]
+        self.resume_from = found[0]
+
+    def _find_checkpoint(self) -> Path | None:
+        path = checkpoint.find(self.run_dir, self.resume, self.console.print)
+        if path is not None:
+            checkpoint.check_identity(path, checkpoint.read_run_state(path)["identity"], self._identity())
+        return path
 
     def _build_engine(self) -> None:
         train = self.config.train
@@ -289,6 +297,7 @@ class Trainer:
     def _start_reporting(self, stack: ExitStack) -> Reporter | None:
         if not self.world.is_main:
             return None
+        save_config(self.config, self.run_dir / "config.yaml")
         reporter = Reporter(
             self.config,
             self.model_config,

@@ -43,10 +43,7 @@ def layer_step(layer, x, memory, config):
     log_gamma = log_gamma + F.logsigmoid(decay.context_proj.weight @ k + decay.context_bias)
     gamma = log_gamma.exp().clamp(1e-6, 1 - 1e-6)
     weight = mixer.recurrence.weight
-    if weight is None:
-        gate = torch.full_like(z, 0.5)
-    else:
-        gate = torch.sigmoid(reference.gate_product(memory.h, weight))
+    gate = torch.full_like(z, 0.5) if weight is None else torch.sigmoid(reference.gate_product(memory.h, weight))
     h = 2 * (1 - gamma) * z * gate + gamma * memory.h
     memory.h = h
 

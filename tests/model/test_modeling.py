@@ -192,7 +192,7 @@ def test_state_has_constant_size_and_rows_can_be_picked(model):
 
 
 def test_ring_overwrites_the_oldest_slot(model):
-    """5 slots of 3 tokens: after 24 tokens, 8 slots are written and numbers 3 to 7 remain, number n at index n mod 5."""
+    """5 slots of 3 tokens: after 24 tokens, 8 slots are written; numbers 3 to 7 remain, number n at index n mod 5."""
     ids, _ = random_documents(1, 24, seed=7)
     state = model(ids).memory_states[0]
     assert state.slots_written.tolist() == [8] and state.position.tolist() == [24]

@@ -13,7 +13,6 @@ from mmrec_train.model import MMRecForCausalLM
 from tests.trainer import ranks
 from tests.trainer.runs import write_config
 
-
 LIMITS = dict(memory=0.005, decay=0.003, gate=0.002)  # as in `write_config`
 # DeepSpeed swaps only what has at least a MiB, so this takes a larger model; fewer steps make up for it
 SWAPPED = ["model.hidden_dim=384", "optimizer.learning_rate=2e-3", "train.steps=10"]
