@@ -32,7 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.json:
         print(json.dumps(_as_json(options, evaluation), allow_nan=False))
     else:
-        Console(highlight=False).print(_table(options, evaluation))
+        console = Console(highlight=False)
+        console.print(f"{options.checkpoint} on {options.data} ({options.split})", soft_wrap=True, markup=False)
+        console.print(_table(evaluation))
     return EXIT_OK
 
 
@@ -91,13 +93,14 @@ def _progress_bar(total: int) -> Iterator[Callable[[int], None]]:
         yield lambda tokens: bar.update(task, completed=tokens)
 
 
-def _table(options: argparse.Namespace, evaluation: Evaluation) -> Table:
-    table = Table(title=f"{options.checkpoint} on {options.data} ({options.split})", title_justify="left")
+def _table(evaluation: Evaluation) -> Table:
+    table = Table()
     for column in ("position", "tokens", "loss", "perplexity"):
         table.add_column(column, justify="right")
     for bucket in evaluation.by_position:
-        stop = "" if bucket.stop is None else _thousands(bucket.stop)
-        _add_row(table, f"{_thousands(bucket.start)}–{stop}", bucket.tokens, bucket.loss)
+        start = _thousands(bucket.start)
+        position = f"{start}+" if bucket.stop is None else f"{start}–{_thousands(bucket.stop)}"
+        _add_row(table, position, bucket.tokens, bucket.loss)
     table.add_section()
     _add_row(table, "all", evaluation.tokens, evaluation.loss)
     return table

@@ -1,6 +1,7 @@
 """Export a checkpoint as one Hugging Face folder: weights in safetensors, configuration and tokenizer."""
 
 import argparse
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,6 +49,8 @@ def export(checkpoint: Path, out: Path) -> None:
         )
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        for weights in folder.glob("*.safetensors"):  # safetensors lets only their owner read them
+            shutil.copymode(folder / "config.json", weights)
         _verify(folder, model, source)
         size = sum(file.stat().st_size for file in folder.iterdir())
     print(f"{source} → {out}: {model.num_parameters():,} parameters in {model.dtype}, {format_bytes(size)}")

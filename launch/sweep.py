@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_USER_ERROR
     console = Console(highlight=False)
     console.print(_table(sweep, results))
-    console.print(f"{sweep.folder}/results.csv, {sweep.folder}/plot.png", soft_wrap=True)
+    console.print(f"{sweep.folder}/results.csv, {sweep.folder}/plot.png", soft_wrap=True, markup=False)
     return code
 
 
@@ -121,7 +121,8 @@ def _collect(sweep: Sweep) -> list[Result]:
 
 
 def _table(sweep: Sweep, results: Sequence[Result]) -> Table:
-    table = Table(title=f"{sweep.folder}, best first", title_justify="left")
+    """A row for each trial, best first."""
+    table = Table()
     for label in sweep.labels.values():
         table.add_column(label, overflow="fold")
     table.add_column("status")

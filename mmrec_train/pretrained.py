@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -45,6 +46,7 @@ def load_pretrained(path: Path, *, device: torch.device, report: Callable[[str],
     """
     folder = find_weights(path, report)
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # what it would warn of is refused below
     try:
         config = AutoConfig.from_pretrained(folder)
         if not isinstance(config, MMRecConfig):
@@ -52,10 +54,10 @@ def load_pretrained(path: Path, *, device: torch.device, report: Callable[[str],
         model, loading = MMRecForCausalLM.from_pretrained(
             folder, config=config, dtype="auto", local_files_only=True, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+    except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+        reason = next(iter(str(error.__cause__ or error).splitlines()), type(error).__name__)
         raise UserError(f"{folder} cannot be loaded: {reason}") from error
-    # from_pretrained only warns of these, and fills in random weights
+    # from_pretrained would fill in random weights for these
     wrong = sorted({*loading["missing_keys"], *loading["unexpected_keys"]})
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""

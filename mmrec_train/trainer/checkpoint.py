@@ -21,6 +21,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.config import ZeroStageEnum
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.utils.tensor_fragment import fragment_address
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -39,7 +40,7 @@ RUN_FILE = "run.json"
 class WeightsOnlyCheckpointEngine(TorchCheckpointEngine):
     """DeepSpeed's file format, read without executing pickles: only tensors and the classes named here are built."""
 
-    _KNOWN_CLASSES = [LossScaler, DynamicLossScaler, ZeroStageEnum]  # noqa: RUF012  (never changed)
+    _KNOWN_CLASSES = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]  # noqa: RUF012  (never changed)
 
     def load(self, path: str, map_location: Any = None) -> Any:
         with torch.serialization.safe_globals(self._KNOWN_CLASSES):
