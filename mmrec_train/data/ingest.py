@@ -1,9 +1,6 @@
 """From text to a prepared data set: read, tokenize, split, write."""
 
-import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +19,7 @@ from mmrec_train.data.tokenizer import (
     vocab_size,
 )
 from mmrec_train.errors import UserError
+from mmrec_train.staging import staging
 
 TOKENIZER_SAMPLE_BYTES = 64 << 20  # enough for a vocabulary of 32000, trained in under a minute
 _BATCH_CHARACTERS = 1 << 20  # tokenized at once, on all cores
@@ -61,7 +59,7 @@ def prepare(
         raise UserError(f"--validation-fraction {validation_fraction} is not in [0, 1)")
     if max_tokens is not None and max_tokens < 1:
         raise UserError(f"--max-tokens {max_tokens} is not positive")
-    with _staging(out) as folder:
+    with staging(out) as folder:
         stored = _store_tokenizer(folder, tokenizer, source, validation_fraction, on_progress)
         bos_id, eos_id = special_ids(stored)
         size = vocab_size(stored)
@@ -91,30 +89,6 @@ def prepare(
         )
         write_manifest(folder, manifest)
     return manifest
-
-
-@contextmanager
-def _staging(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that becomes `out` at the end, or vanishes: `out` is never half a data set.
-
-    UserError where `out` holds something, or the disk refuses.
-    """
-    out = out.expanduser().absolute()
-    staging = out.parent / f".{out.name}.{os.getpid()}.tmp"
-    try:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise UserError(f"--out {out} exists and is not an empty folder; choose another, or remove it first")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        staging.mkdir()
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot write there: {error.strerror or error}") from error
-    try:
-        yield staging
-        staging.rename(out)
-    except OSError as error:
-        raise UserError(f"--out {out}: writing failed: {error.strerror or error}; nothing was left behind") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)  # gone already after the rename
 
 
 def _store_tokenizer(

@@ -15,7 +15,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from mmrec_train.config import RunConfig, check_machine, check_world, deepspeed_config, runs_on_gpu, save_config
-from mmrec_train.data import Chunk, LaneLoader, load_tokenizer, open_dataset
+from mmrec_train.data import Chunk, Encoder, LaneLoader, load_tokenizer, open_dataset
 from mmrec_train.errors import UserError
 from mmrec_train.model import MemoryState, MMRecForCausalLM
 from mmrec_train.monitoring import Console
@@ -224,18 +224,17 @@ class Trainer:
         settings = self.config.logging
         if not settings.sample_tokens:
             return ""
-        bos, eos = self.model_config.bos_token_id, self.model_config.eos_token_id
-        prompt = [bos, *self.tokenizer.encode(settings.sample_prompt, add_special_tokens=False)]
+        (prompt,) = Encoder(self.tokenizer)([settings.sample_prompt])
         self.engine.eval()
         torch.manual_seed(self.config.train.seed)  # the same draws on every rank
         tokens = self.engine.module.generate(
-            torch.tensor([prompt], device=self.device),
+            torch.from_numpy(prompt).unsqueeze(0).to(self.device),
             attention_mask=torch.ones(1, len(prompt), dtype=torch.int64, device=self.device),
             max_new_tokens=settings.sample_tokens,
             do_sample=True,
             temperature=0.8,
             top_k=50,
-            pad_token_id=eos,
+            pad_token_id=self.model_config.eos_token_id,
             synced_gpus=self.world.size > 1,
         )
         return self.tokenizer.decode(tokens[0, 1:], skip_special_tokens=True)
