@@ -128,6 +128,11 @@ class LaneLoader:
         self._queue = _Queue(dataset, seed, shuffle)
         self._lanes: list[_Cursor | None] = [None] * num_lanes  # None: between two documents
 
+    @property
+    def epoch(self) -> int:
+        """The epoch of the newest document that a lane has begun; 0 until one begins the data set anew."""
+        return self._queue.epoch
+
     def next_step(self) -> list[Chunk]:
         """This rank's chunks of the next step, one per accumulation micro-batch, on the CPU."""
         accumulation = self.num_lanes // (self._world_size * self.micro_batch_size)

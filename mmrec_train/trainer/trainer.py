@@ -146,22 +146,29 @@ class Trainer:
 
     @torch.no_grad()
     def _validate(self, reporter: Reporter | None) -> None:
-        """Mean loss over the first `validation_tokens` of the validation split, in lanes with memories of their own."""
+        """Mean loss over the first `validation_tokens` of the validation split, in lanes with memories of their own.
+
+        It ends earlier where a lane would begin the split anew: no document counts twice, unless the split is smaller
+        than one step.
+        """
         if self.validation_data is None:
             return
         train, chunk_len = self.config.train, self.config.data.chunk_len
         loader = self._lanes(self.validation_data, shuffle=False)
-        tokens_per_step = train.global_batch_size * chunk_len
-        tokens = min(train.validation_tokens, self.validation_data.num_tokens)
+        wanted = max(1, train.validation_tokens // (train.global_batch_size * chunk_len))
         memories = self._empty_memories()
         total = torch.zeros((), device=self.device)
-        steps = max(1, tokens // tokens_per_step)
+        steps = 0
         self.engine.eval()
-        for _ in range(steps):
-            for index, chunk in enumerate(loader.next_step()):
+        while steps < wanted:
+            chunks = loader.next_step()
+            if loader.epoch > 0 and steps > 0:
+                break
+            for index, chunk in enumerate(chunks):
                 output = self._forward(chunk, memories[index])
                 memories[index] = output.memory_states
                 total += output.loss / self.accumulation
+            steps += 1
         self.engine.train()
         loss = self._mean_over_ranks(total / steps)
         if reporter:

@@ -251,3 +251,16 @@ def test_impossible_deals_are_refused(tmp_path: Path) -> None:
     dataset = write_documents(tmp_path, [[1, 2]])
     with pytest.raises(ValueError, match="6 lanes cannot be dealt to 2 ranks x 2 rows"):
         LaneLoader(dataset, num_lanes=6, chunk_len=1, seed=0, rank=0, world_size=2, micro_batch_size=2)
+
+
+def test_epoch_tells_when_a_lane_begins_the_data_set_anew(tmp_path: Path) -> None:
+    dataset = write_documents(tmp_path, [[1] * 4, [2] * 2, [3] * 4])
+    loader = LaneLoader(
+        dataset, num_lanes=2, chunk_len=2, seed=0, rank=0, world_size=1, micro_batch_size=2, shuffle=False
+    )
+    epochs = []
+    for _ in range(4):
+        loader.next_step()
+        epochs.append(loader.epoch)
+    # lanes: 1111 then 1…, 2233 and on: the third step needs a fourth document
+    assert epochs == [0, 0, 1, 1]
