@@ -66,11 +66,17 @@ class MMRecPreTrainedModel(PreTrainedModel):
                 nn.init.zeros_(parameter)
 
 
-def document_starts(attention_mask: Tensor, length: int) -> Tensor:
-    """`reset` [B, T] for the last T columns of a left-padded mask: the first real token starts a document."""
+def document_starts(sequence: Tensor, reset: Tensor | None, attention_mask: Tensor | None) -> Tensor:
+    """Which tokens of a sequence [B, T, …] start a document, [B, T] bool: those of `reset`, and the first real token
+    of each row of a left-padded mask [B, ≥ T], whose last T columns belong to the sequence."""
+    batch, length = sequence.shape[:2]
+    if reset is None:
+        reset = torch.zeros(batch, length, dtype=torch.bool, device=sequence.device)
+    if attention_mask is None:
+        return reset
     mask = attention_mask.bool()
     before = torch.cat([torch.zeros_like(mask[:, :1]), mask[:, :-1]], dim=1)
-    return (mask & ~before)[:, -length:]
+    return reset | (mask & ~before)[:, -length:]
 
 
 def _sequence(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
@@ -123,10 +129,7 @@ class MMRecModel(MMRecPreTrainedModel):
         sequence = _sequence(input_ids, inputs_embeds)
         batch, length = sequence.shape[:2]
         states = self.empty_memory(batch, sequence.device) if memory_states is None else tuple(memory_states)
-        if reset is None:
-            reset = torch.zeros(batch, length, dtype=torch.bool, device=sequence.device)
-        if attention_mask is not None:
-            reset = reset | document_starts(attention_mask, length)
+        reset = document_starts(sequence, reset, attention_mask)
         hidden, iterations, residuals = [], [], []
         # no weight is touched here outside its own module: ZeRO-3 would take it for one of this module's
         where = dict(batch=batch, device=sequence.device, dtype=self.dtype)
@@ -201,10 +204,7 @@ class MMRecForCausalLM(MMRecPreTrainedModel, GenerationMixin):
             kept = 0 if shift_labels is not None and self.training else length
         else:
             kept = logits_to_keep or length
-        if reset is None:
-            reset = torch.zeros(batch, length, dtype=torch.bool, device=sequence.device)
-        if attention_mask is not None:
-            reset = reset | document_starts(attention_mask, length)
+        reset = document_starts(sequence, reset, attention_mask)
 
         losses, label_counts, logits, iterations, residuals = [], [], [], [], []
         states = memory_states

@@ -83,11 +83,10 @@ def learning_rate(step: int, total_steps: int, peak: float, schedule: ScheduleSe
     if step < schedule.warmup_steps:
         return peak * (step + 1) / schedule.warmup_steps
     floor = peak * schedule.min_lr_ratio
-    if schedule.name == "cosine":
-        first, shape = schedule.warmup_steps, lambda x: 0.5 * (1 + math.cos(math.pi * x))
-    else:
-        first = max(schedule.warmup_steps, total_steps - max(1, round(schedule.decay_fraction * total_steps)))
-        shape = lambda x: 1 - x  # noqa: E731
+    first = schedule.warmup_steps
+    if schedule.name == "wsd":
+        first = max(first, total_steps - max(1, round(schedule.decay_fraction * total_steps)))
     span = total_steps - 1 - first
     progress = min(max(step - first, 0) / span, 1.0) if span > 0 else float(step >= first)
-    return floor + (peak - floor) * shape(progress)
+    remaining = 0.5 * (1 + math.cos(math.pi * progress)) if schedule.name == "cosine" else 1 - progress
+    return floor + (peak - floor) * remaining
