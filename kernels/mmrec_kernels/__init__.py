@@ -5,19 +5,23 @@ operation and that everything else is tested against.
 """
 
 from mmrec_kernels import reference
-from mmrec_kernels.attention import interval_attention, memory_attention, merge_partial_reads
+from mmrec_kernels.attention import memory_attention, merge_partial_reads
+from mmrec_kernels.hierarchy import Pyramid, build_pyramid, select_pages, update_pyramid
 from mmrec_kernels.recurrence import GatedRecurrence, default_tolerance, gated_recurrence
 from mmrec_kernels.scan import associative_scan_exponential, compute_dtype, linear_scan
 
 __all__ = [
     "GatedRecurrence",
+    "Pyramid",
     "associative_scan_exponential",
+    "build_pyramid",
     "compute_dtype",
     "default_tolerance",
     "gated_recurrence",
-    "interval_attention",
     "linear_scan",
     "memory_attention",
     "merge_partial_reads",
     "reference",
+    "select_pages",
+    "update_pyramid",
 ]

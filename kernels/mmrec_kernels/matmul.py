@@ -1,4 +1,4 @@
-"""Matrix products with 16-bit operands and fp32 results."""
+"""Matrix products with 16-bit operands and fp32 results, and those of the gate."""
 
 import torch
 from torch import Tensor
@@ -14,3 +14,28 @@ def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
     if a.is_cuda:
         return torch.bmm(a, b, out_dtype=torch.float32)
     return torch.bmm(a.float(), b.float())
+
+
+def gate_product(h: Tensor, weight: Tensor) -> Tensor:
+    """W h for h [B, T, D] and a dense [D, D] or headwise [H, d, d] weight: operands in the weight's dtype, fp32 out."""
+    batch, length, width = h.shape
+    operand = h.to(weight.dtype)
+    if weight.dim() == 2:
+        return matmul_fp32(operand.reshape(1, -1, width), weight.mT.unsqueeze(0)).view(batch, length, width)
+    heads = weight.shape[0]
+    by_head = operand.reshape(batch * length, heads, -1).transpose(0, 1)
+    return matmul_fp32(by_head, weight.mT).transpose(0, 1).reshape(batch, length, width)
+
+
+def gate_weight_gradient(grad: Tensor, before: Tensor, weight: Tensor) -> Tensor:
+    """Σ_t grad_t before_tᵀ over batch and time, in the shape and dtype of the weight.
+
+    Args:
+        grad: Gradient of the gate's logits [B, T, D], zero where the state before is forgotten.
+        before: The state before each token [B, T, D].
+    """
+    width = before.shape[-1]
+    heads = weight.shape[0] if weight.dim() == 3 else 1
+    left = grad.to(weight.dtype).view(-1, heads, width // heads).permute(1, 2, 0)  # [H, d, B·T]
+    right = before.to(weight.dtype).view(-1, heads, width // heads).transpose(0, 1)  # [H, B·T, d]
+    return matmul_fp32(left, right).view(weight.shape).to(weight.dtype)

@@ -93,20 +93,25 @@ def memory_attention(
     window: int = 0,
     null_k: Tensor | None = None,
     null_v: Tensor | None = None,
+    pages: Tensor | None = None,
     rope_theta: float = 10000.0,
 ) -> tuple[Tensor, Tensor]:
     """One query at a time over the keys it sees, gathered in a list; see `mmrec_kernels.memory_attention`."""
-    batch, heads, length, _ = q.shape
+    batch, heads, length, width = q.shape
+    heads_per_bank = heads // slots_k.shape[1]
     out_rows, lse_rows = [], []
     for b in range(batch):
         for h in range(heads):
             for t in range(length):
                 # a rotation by position 0 changes nothing, so the query stays as it is and keys turn by minus their age
                 keys, values = [], []
+                bank = h // heads_per_bank
+                own_slice = slice(h % heads_per_bank * width, (h % heads_per_bank + 1) * width)
                 for i in range(slots_k.shape[2]):
-                    if slot_start[b, t] <= slot_stamp[b, i] < slot_stop[b, t]:
-                        keys.append(slots_k[b, h, i])
-                        values.append(slots_v[b, h, i])
+                    selected = pages is None or i // 4 in pages[b, h, t]
+                    if selected and slot_start[b, t] <= slot_stamp[b, i] < slot_stop[b, t]:
+                        keys.append(slots_k[b, bank, i, own_slice])
+                        values.append(slots_v[b, bank, i, own_slice])
                 if window_k is not None and window_v is not None and window_start is not None:
                     own = window_k.shape[2] - length + t
                     for i in range(max(own - window + 1, int(window_start[b, t])), own + 1):
@@ -122,3 +127,41 @@ def memory_attention(
                 out_rows.append(row)
                 lse_rows.append(norm)
     return torch.stack(out_rows).view_as(q), torch.stack(lse_rows).view(batch, heads, length)
+
+
+def build_pyramid(slots_k: Tensor, size: int) -> Tensor:
+    """Averages [B, R, ⌈M/size⌉, E] of `size` slots each; see `mmrec_kernels.build_pyramid`."""
+    return torch.stack([node.mean(2) for node in slots_k.split(size, dim=2)], dim=2)
+
+
+def select_pages(
+    q: Tensor,
+    slots_k: Tensor,
+    *,
+    slot_stamp: Tensor,
+    slot_start: Tensor,
+    slot_stop: Tensor,
+    topk_blocks: int,
+) -> list[list[list[set[int]]]]:
+    """The set of pages of each [b][h][t]; see `mmrec_kernels.select_pages`."""
+    heads_per_bank = q.shape[1] // slots_k.shape[1]
+    width = q.shape[-1]
+
+    def one(b: int, h: int, t: int) -> set[int]:
+        own_slice = slice(h % heads_per_bank * width, (h % heads_per_bank + 1) * width)
+        scores = slots_k[b, h // heads_per_bank, :, own_slice] @ q[b, h, t]
+        seen = (slot_stamp[b] >= slot_start[b, t]) & (slot_stamp[b] < slot_stop[b, t])
+
+        def best(size: int, nodes: list[int]) -> list[int]:
+            means = {}
+            for node in nodes:
+                slots = slice(node * size, node * size + size)
+                if seen[slots].any():
+                    means[node] = scores[slots][seen[slots]].mean().item()
+            return sorted(means, key=lambda node: (-means[node], node))[:topk_blocks]
+
+        coarse = best(16, list(range((len(scores) + 15) // 16)))
+        return set(best(4, [child for node in coarse for child in range(4 * node, 4 * node + 4)]))
+
+    batch, heads, length, _ = q.shape
+    return [[[one(b, h, t) for t in range(length)] for h in range(heads)] for b in range(batch)]

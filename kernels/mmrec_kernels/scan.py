@@ -1,99 +1,94 @@
-"""First-order linear scans over time in plain PyTorch, blocked, with a carry from block to block.
+"""Linear scans over time: the public functions, their checks, custom ops and gradients.
 
-A block of `BLOCK` tokens is scanned step by step for all blocks at once; the blocks' last states are then scanned the
-same way, level by level, and each block adds what it inherits. The work is O(T), the number of sequential steps
-O(BLOCK · log T / log BLOCK), and nothing is ever divided by a vanishing product of decays.
+`mmrec_kernels.scan_torch` computes them in PyTorch, `scan_triton` and `exponential_triton` in Triton.
 """
 
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-BLOCK = 32
-MIN_LOG = -50.0  # clamp of logarithms of decays and of their running sums
+from mmrec_kernels import exponential_triton, scan_torch, scan_triton
+from mmrec_kernels.backend import use_triton
+from mmrec_kernels.checks import check_sequence, compute_dtype
+from mmrec_kernels.scan_torch import BlockedScan, shift_left, shift_right
 
-
-def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
-    """fp64 if any of the dtypes is, else fp32: the arithmetic of scans, decays, gates and softmax."""
-    return torch.float64 if torch.float64 in dtypes else torch.float32
-
-
-class BlockedScan:
-    """h_t = γ_t h_{t−1} + x_t for one γ and many x: the products of decays are computed once.
-
-    Args:
-        gamma: [B, T, D], fp32 or fp64.
-    """
-
-    def __init__(self, gamma: Tensor):
-        batch, length, width = gamma.shape
-        self.blocks = length // BLOCK if length > BLOCK else 0
-        done = self.blocks * BLOCK
-        self.tail = gamma[:, done:].unbind(1)
-        if self.blocks:
-            whole = gamma[:, :done].reshape(batch, self.blocks, BLOCK, width)
-            self.gamma = whole.unbind(2)
-            self.decay = torch.empty_like(whole)
-            products = self.decay.unbind(2)
-            products[0].copy_(self.gamma[0])
-            for i in range(1, BLOCK):
-                torch.mul(products[i - 1], self.gamma[i], out=products[i])
-            self.carry = BlockedScan(products[-1])
-
-    def __call__(self, x: Tensor, initial: Tensor) -> Tensor:
-        """Returns h [B, T, D] for x [B, T, D] and the state [B, D] before the first token."""
-        h = torch.empty_like(x)
-        done = self.blocks * BLOCK
-        if self.blocks:
-            batch, _, width = x.shape
-            shape = (batch, self.blocks, BLOCK, width)
-            local = h[:, :done].view(shape)
-            states, inputs = local.unbind(2), x[:, :done].view(shape).unbind(2)
-            states[0].copy_(inputs[0])
-            for i in range(1, BLOCK):
-                torch.addcmul(inputs[i], self.gamma[i], states[i - 1], out=states[i])
-            ends = self.carry(states[-1].contiguous(), initial)
-            inherited = torch.cat([initial.unsqueeze(1), ends[:, :-1]], dim=1)
-            local.addcmul_(self.decay, inherited.unsqueeze(2))
-            initial = ends[:, -1]
-        for gamma, value, state in zip(self.tail, x[:, done:].unbind(1), h[:, done:].unbind(1), strict=True):
-            torch.addcmul(value, gamma, initial, out=state)
-            initial = state
-        return h
+__all__ = [
+    "BlockedScan",
+    "associative_scan_exponential",
+    "check_sequence",
+    "compute_dtype",
+    "linear_scan",
+    "shift_left",
+    "shift_right",
+]
 
 
-def shift_right(h: Tensor, initial: Tensor) -> Tensor:
-    """The state before each token: [initial, h_0, …, h_{T−2}]."""
-    return torch.cat([initial.unsqueeze(1), h[:, :-1]], dim=1)
+def _implementation(operation: str, kernels: ModuleType, gamma: Tensor, *others: Tensor | None) -> ModuleType:
+    """`kernels`, or the PyTorch implementation if those cannot run."""
+    double = any(t is not None and t.dtype == torch.float64 for t in (gamma, *others))
+    return kernels if use_triton(operation, gamma.device, "inputs are fp64" if double else None) else scan_torch
 
 
-def shift_left(x: Tensor) -> Tensor:
-    """The value of the next token, zero after the last: [x_1, …, x_{T−1}, 0]."""
-    return torch.cat([x[:, 1:], torch.zeros_like(x[:, :1])], dim=1)
+@torch.library.custom_op("mmrec::linear_scan", mutates_args=())
+def _linear_scan(
+    gamma: Tensor, x: Tensor, initial: Tensor | None, reset: Tensor | None, reverse: bool
+) -> tuple[Tensor, Tensor]:
+    scans = _implementation("linear_scan", scan_triton, gamma, x, initial)
+    return scans.linear_scan_forward(gamma, x, initial, reset, reverse)
 
 
-class _LinearScan(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gamma: Tensor, x: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:
-        dtype = compute_dtype(gamma.dtype, x.dtype, initial.dtype)
-        h = BlockedScan(gamma.to(dtype))(x.to(dtype), initial.to(dtype))
-        ctx.save_for_backward(gamma, h, initial)
-        ctx.x_dtype = x.dtype
-        return h.to(x.dtype), h[:, -1].clone()
+@_linear_scan.register_fake
+def _(gamma: Tensor, x: Tensor, initial: Tensor | None, reset: Tensor | None, reverse: bool) -> tuple[Tensor, Tensor]:
+    batch, _, width = x.shape
+    return x.new_empty(x.shape), x.new_empty(batch, width, dtype=compute_dtype(gamma.dtype, x.dtype))
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_h: Tensor, grad_final: Tensor) -> tuple[Tensor, ...]:
-        gamma, h, initial = ctx.saved_tensors
-        grad = grad_h.to(h.dtype, copy=True)
-        grad[:, -1] += grad_final
-        decay = gamma.to(h.dtype)
-        adjoint = BlockedScan(shift_left(decay).flip(1))(grad.flip(1), torch.zeros_like(grad[:, 0])).flip(1)
-        grad_gamma = adjoint * shift_right(h, initial.to(h.dtype))
-        grad_initial = adjoint[:, 0] * decay[:, 0]
-        return grad_gamma.to(gamma.dtype), adjoint.to(ctx.x_dtype), grad_initial.to(initial.dtype)
+
+@torch.library.custom_op("mmrec::linear_scan_backward", mutates_args=())
+def _linear_scan_backward(
+    grad_h: Tensor,
+    grad_final: Tensor,
+    gamma: Tensor,
+    h: Tensor,
+    initial: Tensor | None,
+    reset: Tensor | None,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    scans = _implementation("the gradient of linear_scan", scan_triton, gamma, h, initial)
+    return scans.linear_scan_backward(grad_h, grad_final, gamma, h, initial, reset, reverse)
+
+
+@_linear_scan_backward.register_fake
+def _(
+    grad_h: Tensor,
+    grad_final: Tensor,
+    gamma: Tensor,
+    h: Tensor,
+    initial: Tensor | None,
+    reset: Tensor | None,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = compute_dtype(gamma.dtype, h.dtype) if initial is None else initial.dtype
+    return (
+        h.new_empty(h.shape),
+        gamma.new_empty(gamma.shape),
+        h.new_empty(h.shape[0], h.shape[2], dtype=dtype),
+    )
+
+
+def _save_linear_scan(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    gamma, _, initial, reset, ctx.reverse = inputs
+    ctx.save_for_backward(gamma, output[0], initial, reset)
+
+
+def _linear_scan_gradient(ctx: Any, grad_h: Tensor, grad_final: Tensor) -> tuple[Tensor | None, ...]:
+    gamma, h, initial, reset = ctx.saved_tensors
+    grad_x, grad_gamma, grad_initial = _linear_scan_backward(grad_h, grad_final, gamma, h, initial, reset, ctx.reverse)
+    return grad_gamma, grad_x, None if initial is None else grad_initial, None, None
+
+
+_linear_scan.register_autograd(_linear_scan_gradient, setup_context=_save_linear_scan)
 
 
 def linear_scan(
@@ -110,39 +105,58 @@ def linear_scan(
         gamma: Decays [B, T, D], any floating dtype.
         x: Inputs [B, T, D], any floating dtype.
         initial_state: State before the first token (after the last one in reverse) [B, D]; zeros if None.
-        reset: [B, T] bool; where set, the state that enters the token counts as zero.
+        reset: [B, T] bool; where set, γ counts as zero.
         reverse: Scan from the last token to the first.
 
     Returns:
         h [B, T, D] in x's dtype and the state after the last scanned token [B, D] in fp32 (fp64 for fp64 inputs).
-        Arithmetic is fp32 (fp64). Differentiable in gamma, x and initial_state.
+        Arithmetic is fp32 (fp64). Differentiable in gamma, x and initial_state; the gradient of gamma is computed from
+        h as it is returned, so to the precision of x's dtype.
 
     Raises:
         ValueError: If the shapes do not agree or T is 0.
     """
     check_sequence("linear_scan", gamma, x, initial_state, reset)
-    if reverse:
-        flipped = None if reset is None else reset.flip(1)
-        h, final = linear_scan(gamma.flip(1), x.flip(1), initial_state, reset=flipped)
-        return h.flip(1), final
-    if initial_state is None:
-        initial_state = torch.zeros_like(x[:, 0], dtype=compute_dtype(gamma.dtype, x.dtype))
-    if reset is not None:
-        gamma = gamma.masked_fill(reset.unsqueeze(-1), 0.0)
-    return _LinearScan.apply(gamma, x, initial_state)
+    return _linear_scan(gamma, x, initial_state, reset, reverse)
 
 
-def check_sequence(name: str, gamma: Tensor, x: Tensor, initial_state: Tensor | None, reset: Tensor | None) -> None:
-    """Raises ValueError unless gamma and x are [B, T ≥ 1, D], initial_state [B, D] and reset [B, T] bool."""
-    if x.dim() != 3 or gamma.shape != x.shape:
-        raise ValueError(f"{name}: gamma {list(gamma.shape)} and its input {list(x.shape)} must both be [B, T, D]")
-    batch, length, width = x.shape
-    if length == 0:
-        raise ValueError(f"{name}: the sequence is empty (T = 0)")
-    if initial_state is not None and initial_state.shape != (batch, width):
-        raise ValueError(f"{name}: initial_state is {list(initial_state.shape)}, expected {[batch, width]}")
-    if reset is not None and (reset.shape != (batch, length) or reset.dtype != torch.bool):
-        raise ValueError(f"{name}: reset is {list(reset.shape)} {reset.dtype}, expected {[batch, length]} torch.bool")
+@torch.library.custom_op("mmrec::exponential_scan", mutates_args=())
+def _exponential_scan(gamma: Tensor, initial_log: Tensor | None) -> Tensor:
+    scans = _implementation("associative_scan_exponential", exponential_triton, gamma, initial_log)
+    return scans.exponential_scan_forward(gamma, initial_log)
+
+
+@_exponential_scan.register_fake
+def _(gamma: Tensor, initial_log: Tensor | None) -> Tensor:
+    return gamma.new_empty(gamma.shape, dtype=compute_dtype(gamma.dtype))
+
+
+@torch.library.custom_op("mmrec::exponential_scan_backward", mutates_args=())
+def _exponential_scan_backward(
+    grad_y: Tensor, gamma: Tensor, y: Tensor, initial_log: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    scans = _implementation("the gradient of associative_scan_exponential", exponential_triton, gamma, initial_log)
+    return scans.exponential_scan_backward(grad_y, gamma, y, initial_log)
+
+
+@_exponential_scan_backward.register_fake
+def _(grad_y: Tensor, gamma: Tensor, y: Tensor, initial_log: Tensor | None) -> tuple[Tensor, Tensor]:
+    dtype = y.dtype if initial_log is None else initial_log.dtype
+    return gamma.new_empty(gamma.shape), y.new_empty(y.shape[0], y.shape[2], dtype=dtype)
+
+
+def _save_exponential_scan(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    gamma, initial_log = inputs
+    ctx.save_for_backward(gamma, output, initial_log)
+
+
+def _exponential_scan_gradient(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+    gamma, y, initial_log = ctx.saved_tensors
+    grad_gamma, grad_initial = _exponential_scan_backward(grad_y, gamma, y, initial_log)
+    return grad_gamma, None if initial_log is None else grad_initial
+
+
+_exponential_scan.register_autograd(_exponential_scan_gradient, setup_context=_save_exponential_scan)
 
 
 def associative_scan_exponential(gamma: Tensor, initial_log: Tensor | None = None) -> Tensor:
@@ -157,18 +171,15 @@ def associative_scan_exponential(gamma: Tensor, initial_log: Tensor | None = Non
 
     Returns:
         [B, T, D] fp32 (fp64 for fp64 input), differentiable in both arguments.
+
+    Raises:
+        ValueError: If the shapes do not agree or T is 0.
     """
     if gamma.dim() != 3 or gamma.shape[1] == 0:
         raise ValueError(f"associative_scan_exponential: gamma is {list(gamma.shape)}, expected [B, T >= 1, D]")
-    dtype = compute_dtype(gamma.dtype)
-    log = gamma.to(dtype).clamp(torch.tensor(MIN_LOG, dtype=torch.float64).exp().item(), 1.0).log()
-    total = torch.zeros_like(log[:, 0]) if initial_log is None else initial_log.to(dtype).clamp(MIN_LOG, 0.0)
-    blocks = []
-    for block in log.split(_EXPONENTIAL_BLOCK, dim=1):
-        sums = (block.cumsum(1) + total.unsqueeze(1)).clamp(MIN_LOG, 0.0)
-        blocks.append(sums)
-        total = sums[:, -1]
-    return torch.cat(blocks, dim=1).exp()
-
-
-_EXPONENTIAL_BLOCK = 1024
+    if initial_log is not None and initial_log.shape != gamma[:, 0].shape:
+        raise ValueError(
+            f"associative_scan_exponential: initial_log is {list(initial_log.shape)}, "
+            f"expected {list(gamma[:, 0].shape)}"
+        )
+    return _exponential_scan(gamma, initial_log)

@@ -180,8 +180,8 @@ class SlotMemory(nn.Module):
         short = config.short_window > 0
         read, _ = memory_attention(
             self.query_norm(q.unflatten(-1, (config.num_heads, -1))).transpose(1, 2),
-            self._by_head(ring_k),
-            self._by_head(ring_v),
+            ring_k,
+            ring_v,
             slot_stamp=plan.slot_stamp,
             slot_start=plan.slot_start,
             slot_stop=plan.slot_stop,
@@ -258,8 +258,3 @@ class SlotMemory(nn.Module):
     def _by_bank(self, slots: Tensor) -> Tensor:
         """[B, N, D] -> [B, R, N, E]."""
         return slots.unflatten(-1, (self.config.num_memories, -1)).transpose(1, 2)
-
-    def _by_head(self, banks: Tensor) -> Tensor:
-        """[B, R, n, E] -> [B, H, n, d]: head i reads bank ⌊i·R/H⌋, its own d-wide slice."""
-        heads_per_bank = self.config.num_heads // self.config.num_memories
-        return banks.unflatten(-1, (heads_per_bank, -1)).transpose(2, 3).flatten(1, 2)

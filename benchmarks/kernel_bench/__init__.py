@@ -1,0 +1,1 @@
+"""Parts of benchmarks/kernels.py: problems, baselines, measuring, and the curve over T."""

@@ -1,0 +1,282 @@
+"""The headwise recurrence and its adjoint, each in one launch.
+
+A program owns a tile: `TILE` tokens of one head of one row. W and the tile's inputs stay on the chip while the tile
+iterates; the tiles of a head form a pipeline over time. In iteration n a tile scans its tokens from the carry that the
+tile before it had in iteration n, and hands its own carry on, so all tiles together perform the Picard iteration of
+the whole sequence exactly, although each reads its inputs from memory once and several iterations are under way at the
+same time:
+
+    tile 0:  n=0  n=1  n=2  n=3 done
+                \\    \\    \\    \\
+    tile 1:      n=0  n=1  n=2  n=3 done
+                    \\    \\    \\    \\
+    tile 2:          n=0  n=1  n=2  n=3  n=4 done
+
+A tile is done when the tile before it is and its own change is within the tolerance. Past `pipelined` iterations a tile
+waits until the one before it is done. From then on every iteration makes one more of its tokens exact, so that after
+TILE + 1 of them the tile is exact: what does not contract is finished tile by tile.
+
+Both directions are one scan of the same form; "before" and "after" a token are in the order of the scan:
+
+    forward:  h_t     = γ_t h_{t−1} + z_t σ(a_t),     a_t = W h_{t−1}
+    adjoint:  λ_{t−1} = γ_t λ_t + (g_{t−1} + y_t),    y_t = Wᵀ(s_t λ_t),  s_t = z_t σ′(a_t)
+
+where g is the gradient that reaches a state from outside, and g_{−1} = 0: then λ_{−1} is the initial state's gradient.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mmrec_kernels.handoff import publish, take_ticket, wait_for
+from mmrec_kernels.matmul import gate_weight_gradient
+from mmrec_kernels.scan_torch import shift_right
+from mmrec_kernels.solver import SolverSettings
+
+TILE = 64
+PIPELINED = 16  # iterations in which a tile does not wait for the one before it to be done; each has its own carries
+
+DONE = tl.constexpr(1 << 20)  # flag of a tile that is done, plus the number of its carries; before: that number
+
+
+@triton.jit
+def _then(decay_1, input_1, factor_1, before_1, decay_2, input_2, factor_2, before_2):
+    """Two spans of tokens as one. A span maps the state s that enters it to the state before its last token,
+    factor·s + before; decay and input are those of its last token."""
+    return (
+        decay_2,
+        input_2,
+        factor_2 * decay_1 * factor_1,
+        tl.fma(factor_2, tl.fma(decay_1, before_1, input_1), before_2),
+    )
+
+
+@triton.jit
+def _scan_tile(gamma, x, carry):
+    """The states before and after each row [TILE, d] of s ← γ s + x, from the carry [d] before the first.
+
+    The last axis has as many channels as the program has threads, or fewer: a thread owns whole columns and scans
+    them in its registers.
+    """
+    first = (tl.arange(0, gamma.shape[0]) == 0)[:, None]
+    before = tl.where(first, carry[None, :], 0.0)
+    one = tl.full(gamma.shape, 1.0, tl.float32)
+    # γ and x come out as they went in, but in the layout of the scan: with `x` itself the rest of the iteration would
+    # be laid out like the matrix product that x comes from, and γ would be kept twice
+    gamma, x, _, before = tl.associative_scan((gamma, x, one, before), 0, _then)
+    return before, tl.fma(gamma, before, x)
+
+
+@triton.jit
+def _larger(a_1, b_1, a_2, b_2):
+    return tl.maximum(a_1, a_2), tl.maximum(b_1, b_2)
+
+
+@triton.jit
+def _before(h_ptr, initial, offset, inside, earliest, keep, H: tl.constexpr, d: tl.constexpr):
+    """The state before each token [TILE, d] from stored states; zero where forgotten."""
+    h = tl.load(h_ptr + offset - H * d, mask=inside & ~earliest, other=0.0).to(tl.float32)
+    return tl.where(earliest, initial[None, :], h) * keep
+
+
+@triton.jit(do_not_specialize=["shift"])
+def _solve_kernel(
+    z_ptr, gamma_ptr, weight_ptr, initial_ptr, reset_ptr, h_ptr, grad_ptr, carry_in_ptr,
+    final_ptr, grad_z_ptr, grad_gamma_ptr, grad_gate_ptr,
+    carry_ptr, scale_ptr, flags_ptr, iterations_ptr, residual_ptr,
+    rows, length, tolerance, pipelined, shift,
+    H: tl.constexpr, d: tl.constexpr, TILE: tl.constexpr, RESETS: tl.constexpr, ADJOINT: tl.constexpr,
+    WHOLE: tl.constexpr,
+):  # fmt: skip
+    """One tile, from its inputs to its outputs; see the module.
+
+    z, gamma, h, grad, grad_*: [rows, length, H, d]; weight [H, d, d]; initial, carry_in, final [rows, H, d] fp32;
+    reset [rows, length]. Of the forward pass h and final are outputs, carry_in is the initial state. Of the adjoint h
+    is an input, carry_in the adjoint of the last token, final the gradient of the initial state; until its end the
+    tile keeps s in grad_gate.
+    carry: [pipelined + 1, tiles, d] and scale [pipelined + 1, tiles], fp32, what tiles hand on in each iteration.
+    flags: [1 + tiles] int32, zero: the ticket counter and the tiles' flags. shift: 0, which the compiler must not
+    know: of aligned rows it would load several channels a thread at once, and then scan in that layout, across threads.
+    """
+    ticket = take_ticket(flags_ptr)
+    tiles = tl.num_programs(0)
+    step = ticket // (rows * H)
+    chunk = tl.cdiv(length, TILE) - 1 - step if ADJOINT else step
+    b = ticket % (rows * H) // H
+    head = ticket % H
+    channel = tl.arange(0, d)
+    state_offset = (b * H + head) * d + channel
+    row = tl.arange(0, TILE)
+    place = TILE - 1 - row if ADJOINT else row  # rows are in the order of the scan
+    token = chunk * TILE + place
+    inside = tl.full((TILE, 1), True, tl.int1) if WHOLE else (token < length)[:, None]
+    earliest = ((row == (TILE - 1 if ADJOINT else 0)) & (chunk == 0))[:, None]
+    # a start for each channel plus constants for the rows, which become part of the load instructions
+    start = ((b.to(tl.int64) * length + chunk * TILE) * H + head) * d + channel + shift
+    offset = start[None, :] + (place * (H * d)).to(tl.int64)[:, None]
+
+    gamma = tl.load(gamma_ptr + offset, mask=inside, other=1.0).to(tl.float32)
+    keep = tl.full((TILE, 1), 1.0, tl.float32)
+    if RESETS:
+        keep = 1.0 - tl.load(reset_ptr + b.to(tl.int64) * length + token, mask=token < length, other=0)[:, None].to(
+            tl.float32
+        )
+        gamma *= keep
+    weight_offset = head * d * d + channel[:, None] * d + channel[None, :]
+    weight = tl.load(weight_ptr + weight_offset)
+    if ADJOINT:
+        initial = tl.load(initial_ptr + state_offset)
+        h_before = _before(h_ptr, initial, offset, inside, earliest, keep, H, d)
+        gate = tl.sigmoid(tl.dot(h_before.to(weight.dtype), tl.trans(weight), input_precision="tf32x3"))
+        slope = tl.load(z_ptr + offset, mask=inside, other=0.0).to(tl.float32) * gate * (1.0 - gate)
+        tl.store(grad_gate_ptr + offset, slope.to(weight.dtype), mask=inside)
+        tl.debug_barrier()
+        operand = weight
+    else:
+        operand = tl.trans(weight)
+
+    product = tl.zeros((TILE, d), tl.float32)
+    value = tl.zeros((TILE, d), tl.float32)
+    before = tl.zeros((TILE, d), tl.float32)
+    carry_out = tl.zeros((d,), tl.float32)
+    scale = 0.0
+    residual = 0.0
+    exact = 0
+    n = 0
+    done = False
+    while not done:
+        if step == 0:
+            carry = tl.load(carry_in_ptr + state_offset)
+            before_scale = 0.0
+            final = True
+        else:
+            previous = ticket - rows * H
+            flag = wait_for(flags_ptr + 1 + previous, tl.where(n < pipelined, n + 1, DONE))
+            last = tl.where(flag >= DONE, flag - DONE - 1, DONE)
+            final = last <= n
+            slot = tl.minimum(last, n).to(tl.int64) * tiles + previous
+            carry = tl.load(carry_ptr + slot * d + channel, cache_modifier=".cg")
+            before_scale = tl.load(scale_ptr + slot, cache_modifier=".cg")
+        if ADJOINT:
+            grad_before = tl.load(grad_ptr + offset - H * d, mask=inside & ~earliest, other=0.0).to(tl.float32)
+            before, after = _scan_tile(gamma, product * keep + grad_before, carry)
+            new = (1.0 - gamma) * before
+        else:
+            z = tl.load(z_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+            before, after = _scan_tile(gamma, z * tl.sigmoid(product), carry)
+            new = after
+        carry_out = tl.sum(tl.where((row == TILE - 1)[:, None], after, 0.0), 0)
+        # columns first, within threads, then both at once across threads: the next tile is waiting
+        change, largest = tl.reduce((tl.max(tl.abs(new - value), 0), tl.max(tl.abs(new), 0)), 0, _larger)
+        scale = tl.maximum(before_scale, largest)
+        value = new
+        exact += final.to(tl.int32)
+        relative_change = change / tl.maximum(scale, 1e-37)
+        if n <= pipelined:
+            residual = relative_change
+        # NaN compares false: it ends the iteration
+        done = final & ((not (relative_change > tolerance)) | (exact > TILE))
+        if done | (n < pipelined):
+            mine = tl.minimum(n, pipelined)
+            slot = mine.to(tl.int64) * tiles + ticket
+            tl.store(carry_ptr + slot * d + channel, carry_out)
+            tl.store(scale_ptr + slot, scale)
+            publish(flags_ptr + 1 + ticket, tl.where(done, DONE, 0) + mine + 1)
+        if not done:
+            factor = tl.load(grad_gate_ptr + offset, mask=inside, other=0.0).to(tl.float32) if ADJOINT else keep
+            product = tl.dot((before * factor).to(weight.dtype), operand, input_precision="tf32x3")
+        n += 1
+
+    if ADJOINT:
+        # loaded and computed again, not kept in registers through the iteration
+        h_before = _before(h_ptr, initial, offset, inside, earliest, keep, H, d)
+        tl.store(grad_gamma_ptr + offset, (before * h_before).to(grad_gamma_ptr.dtype.element_ty), mask=inside)
+        gate = tl.sigmoid(tl.dot(h_before.to(weight.dtype), tl.trans(weight), input_precision="tf32x3"))
+        tl.store(grad_z_ptr + offset, (before * gate).to(grad_z_ptr.dtype.element_ty), mask=inside)
+        slope = tl.load(z_ptr + offset, mask=inside, other=0.0).to(tl.float32) * gate * (1.0 - gate)
+        tl.store(grad_gate_ptr + offset, (before * slope * keep).to(weight.dtype), mask=inside)
+    else:
+        tl.store(h_ptr + offset, value.to(h_ptr.dtype.element_ty), mask=inside)
+    if step == tl.cdiv(length, TILE) - 1:
+        tl.store(final_ptr + state_offset, carry_out)
+    tl.store(iterations_ptr + ticket, n - 1)  # the first had the gate at its neutral value
+    tl.store(residual_ptr + ticket, residual)
+
+
+def supports(weight: Tensor) -> bool:
+    """Whether W's heads fit the chip, in both orientations; of fp32 a product takes four copies."""
+    width = weight.shape[-1]
+    return weight.dim() == 3 and width in (16, 32, 64, 128) and width * width * weight.element_size() <= 32 * 1024
+
+
+def _solve(
+    arguments: dict[str, Tensor | None], z: Tensor, weight: Tensor, adjoint: bool, settings: SolverSettings
+) -> tuple[Tensor, Tensor]:
+    """Launches the kernel over all tiles; returns iterations [B] int32 and residual [B] fp32."""
+    batch, length, _ = z.shape
+    heads, width, _ = weight.shape
+    steps = triton.cdiv(length, TILE)
+    tiles = steps * batch * heads
+    sequential = settings.solver == "sequential"
+    pipelined = 0 if sequential else min(settings.max_iterations, PIPELINED)
+    empty = z.new_empty
+    flags = torch.zeros(1 + tiles, dtype=torch.int32, device=z.device)
+    iterations = empty((steps, batch, heads), dtype=torch.int32)
+    residual = empty((steps, batch, heads), dtype=torch.float32)
+    unused = dict.fromkeys(("h_ptr", "grad_ptr", "initial_ptr", "grad_z_ptr", "grad_gamma_ptr", "grad_gate_ptr"))
+    _solve_kernel[(tiles,)](
+        **(unused | arguments),
+        z_ptr=z, weight_ptr=weight,
+        carry_ptr=empty((pipelined + 1, tiles, width), dtype=torch.float32),
+        scale_ptr=empty((pipelined + 1, tiles), dtype=torch.float32),
+        flags_ptr=flags, iterations_ptr=iterations, residual_ptr=residual,
+        rows=batch, length=length, pipelined=pipelined, shift=0,
+        tolerance=-1.0 if sequential else settings.tolerance,
+        H=heads, d=width, TILE=TILE, WHOLE=length % TILE == 0, RESETS=arguments["reset_ptr"] is not None,
+        ADJOINT=adjoint, num_warps=4,
+    )  # fmt: skip
+    if sequential:
+        return torch.zeros_like(iterations[0, :, 0]), torch.zeros_like(residual[0, :, 0])
+    return iterations.amax((0, 2)), residual.amax((0, 2))
+
+
+def forward(
+    z: Tensor, gamma: Tensor, weight: Tensor, initial: Tensor, reset: Tensor | None, settings: SolverSettings
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """h, final state, iterations and residual; see `mmrec_kernels.gated_recurrence`."""
+    z, gamma = z.contiguous(), gamma.contiguous()
+    h = torch.empty_like(z)
+    final = torch.empty_like(initial, dtype=torch.float32)
+    arguments = dict(
+        gamma_ptr=gamma, reset_ptr=reset, carry_in_ptr=initial.float().contiguous(), h_ptr=h, final_ptr=final
+    )
+    report = _solve(arguments, z, weight.contiguous(), False, settings)
+    return h, final, *report
+
+
+def backward(
+    grad_h: Tensor,
+    grad_final: Tensor,
+    z: Tensor,
+    gamma: Tensor,
+    weight: Tensor,
+    initial: Tensor,
+    reset: Tensor | None,
+    h: Tensor,
+    settings: SolverSettings,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of z, gamma, weight and the initial state (fp32)."""
+    z, gamma, weight = z.contiguous(), gamma.contiguous(), weight.contiguous()
+    initial = initial.float().contiguous()
+    grad_z, grad_gamma = torch.empty_like(z), torch.empty_like(gamma)
+    grad_gate = torch.empty_like(z, dtype=weight.dtype)
+    grad_initial = torch.empty_like(initial)
+    arguments = dict(
+        gamma_ptr=gamma, reset_ptr=reset, carry_in_ptr=grad_h[:, -1].float() + grad_final, h_ptr=h,
+        grad_ptr=grad_h.contiguous(), initial_ptr=initial, final_ptr=grad_initial,
+        grad_z_ptr=grad_z, grad_gamma_ptr=grad_gamma, grad_gate_ptr=grad_gate,
+    )  # fmt: skip
+    _solve(arguments, z, weight, True, settings)
+    before = shift_right(h, initial.to(h.dtype))
+    return grad_z, grad_gamma, gate_weight_gradient(grad_gate, before, weight), grad_initial

@@ -1,0 +1,222 @@
+"""What scans over time share when they are split over the programs of one Triton launch.
+
+A program is one warp. It takes tiles of `STEPS` consecutive tokens by `BLOCK_D` channels, in the order of the scan.
+Each thread walks the tokens of its own channels one after another, so the threads of a warp exchange nothing. For a
+tile a program
+
+1. walks the tokens to get what the tile does to the state that enters it, h ↦ decay · h + state, and publishes that;
+2. looks back for the state that enters the tile (`look_back`);
+3. walks the tokens again, which are in the L1 cache by now, and writes the states.
+
+So every input is read from device memory once. Tiles form groups of `GROUP`, groups form supergroups of `GROUP`
+groups. The last tile of a group publishes what the whole group does, the last tile of a supergroup the state that
+leaves it. A tile combines the earlier tiles of its group, the earlier groups of its supergroup and the state that left
+the supergroup before. So only one tile in GROUP² stands in a chain, and what is added to what depends on nothing but
+the number of tokens.
+
+Tiles are taken by ticket: whatever a program waits for belongs to a program that has started.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK_D = 64
+STEPS = 64
+GROUP = 8
+ROWS = 32  # rows whose loads are in flight together
+CACHED_BYTES = 192 * 1024  # what the tiles in flight may take of a multiprocessor's L1 cache
+
+
+def handoff_words(scans: int, length: int, states: int, device: torch.device) -> Tensor:
+    """Zeroed int32 words [scans, n] through which the tiles of a scan talk; the first 4 are for the ticket counter.
+
+    Args:
+        scans: How many scans they are for.
+        length: Tokens.
+        states: Number of states that are scanned, B · D.
+    """
+    tiles = triton.cdiv(length, STEPS)
+    groups = triton.cdiv(tiles, GROUP)
+    supergroups = triton.cdiv(groups, GROUP)
+    words = 4 + (2 * tiles + 2 * groups + supergroups) * states
+    return torch.zeros(scans, words, dtype=torch.int32, device=device)
+
+
+@triton.jit
+def _send(place, value, mask):
+    """Writes fp32 values as words that are never zero: zero says that nothing has been written yet.
+
+    A word is the complement of the value's bits; only a NaN with every bit set would be zero, and it becomes another
+    NaN. A word is written at once and says itself that it is there: no flag, no fence.
+    """
+    word = ~value.to(tl.int32, bitcast=True)
+    tl.atomic_xchg(place, tl.where(word == 0, 1, word), mask=mask, sem="relaxed")
+
+
+@triton.jit
+def _value(word):
+    return (~word).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _load_pairs(place, states, count, mask, GROUP: tl.constexpr):
+    """Words of the decay and the state of `count` < GROUP consecutive tiles or groups; −1 beyond them."""
+    words = ()
+    for i in tl.static_range(GROUP - 1):
+        there = mask & (i < count)
+        words += (tl.load(place + 2 * i * states, there, other=-1, volatile=True),)  # type: ignore[assignment]
+        words += (tl.load(place + (2 * i + 1) * states, there, other=-1, volatile=True),)  # type: ignore[assignment]
+    return words
+
+
+@triton.jit
+def _all_there(words):
+    there = words[0] != 0
+    for i in tl.static_range(1, len(words)):
+        there = there & (words[i] != 0)
+    return tl.min(there.to(tl.int32)) != 0
+
+
+@triton.jit
+def _combine(words, count, GROUP: tl.constexpr):
+    """What `count` consecutive tiles or groups do one after another: decay and state."""
+    decay = tl.full(words[0].shape, 1.0, tl.float32)
+    state = tl.zeros(words[0].shape, tl.float32)
+    for i in tl.static_range(GROUP - 1):
+        if i < count:
+            factor = _value(words[2 * i])
+            decay = factor * decay
+            state = factor * state + _value(words[2 * i + 1])
+    return decay, state
+
+
+@triton.jit
+def publish_tile(words, states, chunk, index, mask, decay, state):
+    """Tells what a tile does to the states that enter it.
+
+    Args:
+        words: From `handoff_words`, without the counter.
+        states: Number of states that are scanned, B · D (int64).
+        chunk: Number of the tile in the order of the scan.
+        index: Which of the `states` the tile is about, int tensor of any shape; and their mask.
+        decay, state: fp32, of that shape.
+    """
+    place = words + 2 * chunk.to(tl.int64) * states + index
+    _send(place, decay, mask)
+    _send(place + states, state, mask)
+
+
+@triton.jit
+def look_back(words, states, chunk, chunks, index, mask, decay, state, initial, GROUP: tl.constexpr):
+    """The states that enter a tile, fp32. The tile must have been published.
+
+    Args:
+        chunks: Number of tiles along time.
+        initial: States that enter the first tile, fp32.
+        words, states, chunk, index, mask, decay, state: As in `publish_tile`.
+    """
+    group = chunk // GROUP
+    above = group // GROUP
+    tile_count = chunk % GROUP
+    group_count = group % GROUP
+    tile_place = words + 2 * (group * GROUP).to(tl.int64) * states + index
+    words += 2 * chunks.to(tl.int64) * states
+    group_place = words + 2 * (above * GROUP).to(tl.int64) * states + index
+    above_place = words + (2 * tl.cdiv(chunks, GROUP) + above).to(tl.int64) * states + index
+
+    # everything is asked for at once, since most of it has been there for long
+    tile_pairs = _load_pairs(tile_place, states, tile_count, mask, GROUP)
+    group_pairs = _load_pairs(group_place, states, group_count, mask, GROUP)
+    entering = tl.load(above_place - states, mask & (above > 0), other=-1, volatile=True)
+
+    while not _all_there(tile_pairs):
+        tile_pairs = _load_pairs(tile_place, states, tile_count, mask, GROUP)
+    before_decay, before_state = _combine(tile_pairs, tile_count, GROUP)
+    group_decay = decay * before_decay
+    group_state = decay * before_state + state
+    if tile_count == GROUP - 1:
+        _send(group_place + 2 * group_count * states, group_decay, mask)
+        _send(group_place + (2 * group_count + 1) * states, group_state, mask)
+
+    while not _all_there(group_pairs):
+        group_pairs = _load_pairs(group_place, states, group_count, mask, GROUP)
+    groups_decay, groups_state = _combine(group_pairs, group_count, GROUP)
+    while not _all_there((entering,)):
+        entering = tl.load(above_place - states, mask & (above > 0), other=-1, volatile=True)
+    start = tl.where(above > 0, _value(entering), initial)
+    start = groups_decay * start + groups_state
+    if (tile_count == GROUP - 1) & (group_count == GROUP - 1):
+        _send(above_place, group_decay * start + group_state, mask)
+    return before_decay * start + before_state
+
+
+@triton.jit
+def load_rows(place, STRIDE: tl.constexpr, left, mask, other: tl.constexpr, CUT: tl.constexpr, ROWS: tl.constexpr):
+    """Tuple of rows, number s from `place + s * STRIDE`; with CUT those from number `left` on are `other` instead."""
+    rows = ()
+    for s in tl.static_range(ROWS):
+        at = place + s * STRIDE
+        rows += (tl.load(at, mask & (s < left), other=other) if CUT else tl.load(at, mask),)  # type: ignore[assignment]
+    return rows
+
+
+@triton.jit
+def tile_of_ticket(ticket, batch, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
+    """A ticket's tile: its number in the order of the scan, sequence (int64), channels [BLOCK_D], and their mask."""
+    blocks: tl.constexpr = (WIDTH + BLOCK_D - 1) // BLOCK_D
+    chunk = ticket // (batch * blocks)
+    column = ticket % (batch * blocks)
+    channel = column % blocks * BLOCK_D + tl.arange(0, BLOCK_D)
+    return chunk, (column // blocks).to(tl.int64), channel, channel < WIDTH
+
+
+def readable(x: Tensor) -> Tensor:
+    """x itself if its channels are next to each other, else a copy in which they are.
+
+    Offsets within a tile are 32-bit, so its tokens may not be too far apart either.
+    """
+    return x if x.stride(2) == 1 and x.stride(1) * STEPS < 2**31 else x.contiguous()
+
+
+def programs_in_cache(batch: int, length: int, width: int, item_bytes: int, device: torch.device) -> int:
+    """Programs (one per tile at most) whose tiles fit the L1 caches; `item_bytes` is read per token and channel."""
+    tiles = triton.cdiv(length, STEPS) * batch * triton.cdiv(width, BLOCK_D)
+    if device.type != "cuda":
+        return tiles
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return min(tiles, processors * max(1, CACHED_BYTES // (STEPS * BLOCK_D * item_bytes)))
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes a CUDA device the one that kernels are launched on."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def launch(
+    kernel: Any, batch: int, length: int, width: int, item_bytes: int, device: torch.device, **arguments: Any
+) -> None:
+    """Runs a kernel on the tiles of [B, T, D] inputs, with as many programs as have their tiles in the L1 caches.
+
+    Args:
+        item_bytes: Bytes that the first walk reads per token and channel.
+        arguments: The kernel's own; those that every kernel of this kind has are added here.
+    """
+    with on_device(device):
+        kernel[(programs_in_cache(batch, length, width, item_bytes, device),)](
+            **arguments,
+            words=handoff_words(1, length, batch * width, device),
+            batch=batch,
+            length=length,
+            WIDTH=width,
+            BLOCK_D=BLOCK_D,
+            STEPS=STEPS,
+            GROUP=GROUP,
+            ROWS=ROWS,
+            num_warps=1,
+            num_stages=1,
+        )

@@ -1,0 +1,65 @@
+"""What the kernels of the read of the memories share: matrices with strides, and logarithms in base 2."""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+NEVER = tl.constexpr(2**63 - 1)  # a stamp that nobody sees
+
+
+class Rows(NamedTuple):
+    """A matrix [B, H, n, d] in memory: pointer, and strides in elements. The last one is 1."""
+
+    data: Any
+    batch: Any
+    head: Any
+    row: Any
+
+
+def rows_of(x: Tensor) -> Rows:
+    """The rows of a tensor; of a copy, if its last dimension is not contiguous."""
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    return Rows(x, x.stride(0), x.stride(1), x.stride(2))
+
+
+def precision(dtype: torch.dtype) -> str:
+    """input_precision of products: full fp32 for fp32; 16-bit operands take none."""
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
+@triton.jit
+def head_base(x, b, h, group, D: tl.constexpr):
+    """Where the rows of head h of batch b begin; `group` heads lie side by side in a row."""
+    return x.data + tl.cast(b, tl.int64) * x.batch + tl.cast(h // group, tl.int64) * x.head + (h % group) * D
+
+
+@triton.jit
+def row_pointers(base, stride, first, N: tl.constexpr, D: tl.constexpr):
+    """Addresses [N, D] of rows from `first` on."""
+    return base + tl.cast(first, tl.int64) * stride + tl.arange(0, N)[:, None] * stride + tl.arange(0, D)[None, :]
+
+
+@triton.jit
+def load_rows(base, stride, first, count, N: tl.constexpr, D: tl.constexpr):
+    """Rows [N, D] from `first` on; those from `count` on are zero."""
+    inside = first + tl.arange(0, N) < count
+    return tl.load(row_pointers(base, stride, first, N, D), mask=inside[:, None], other=0.0)
+
+
+@triton.jit
+def store_rows(base, stride, first, count, x, N: tl.constexpr, D: tl.constexpr):
+    """Writes rows [N, D] from `first` on, in the dtype of the memory, but none from `count` on."""
+    inside = first + tl.arange(0, N) < count
+    tl.store(row_pointers(base, stride, first, N, D), x.to(base.dtype.element_ty), mask=inside[:, None])
+
+
+@triton.jit
+def load_norm(lse, rows, length):
+    """lse of queries in base 2; +∞ where nothing is seen or no query is, so that weights come out as 0."""
+    norm = tl.load(lse + rows, mask=rows < length, other=float("inf"))
+    return tl.where(norm == float("-inf"), float("inf"), norm * LOG2_E)
