@@ -7,8 +7,9 @@ operation and that everything else is tested against.
 from mmrec_kernels import reference
 from mmrec_kernels.attention import memory_attention, merge_partial_reads
 from mmrec_kernels.hierarchy import Pyramid, build_pyramid, select_pages, update_pyramid
-from mmrec_kernels.recurrence import GatedRecurrence, default_tolerance, gated_recurrence
+from mmrec_kernels.recurrence import GatedRecurrence, gated_recurrence
 from mmrec_kernels.scan import associative_scan_exponential, compute_dtype, linear_scan
+from mmrec_kernels.solver import default_tolerance
 
 __all__ = [
     "GatedRecurrence",

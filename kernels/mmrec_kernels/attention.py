@@ -4,8 +4,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from mmrec_kernels import attention_torch, attention_triton
+from mmrec_kernels import attention_torch, attention_triton, ops
 from mmrec_kernels.attention_torch import PAGE, Gradients, Read, merge_partial_reads
 from mmrec_kernels.backend import use_triton
 from mmrec_kernels.checks import compute_dtype
@@ -66,7 +67,7 @@ def memory_attention(
     dtype = q.dtype
     for x in (slots_k, slots_v, window_k, window_v):
         dtype = dtype if x is None else torch.promote_types(dtype, x.dtype)
-    out, lse = torch.ops.mmrec.memory_attention(
+    out, lse = _forward_op(
         q.to(dtype),
         slots_k.to(dtype),
         slots_v.to(dtype),
@@ -134,24 +135,16 @@ _ARGUMENTS = """
 _SAVED = len(Read._fields) - 2  # the arguments that are tensors come first
 
 
-@torch.library.custom_op("mmrec::memory_attention", mutates_args=(), schema=f"({_ARGUMENTS}) -> (Tensor, Tensor)")
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     read = Read(*arguments)
     return (attention_triton if _runs_as_kernel(read) else attention_torch).forward(read)
 
 
-@_forward.register_fake
-def _(*arguments: Any) -> tuple[Tensor, Tensor]:
+def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     q = Read(*arguments).q
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=compute_dtype(q.dtype))
 
 
-@torch.library.custom_op(
-    "mmrec::memory_attention_backward",
-    mutates_args=(),
-    schema=f"({_ARGUMENTS}, Tensor out, Tensor lse, Tensor grad_out, Tensor grad_lse)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
 def _backward(*arguments: Any) -> tuple[Tensor, ...]:
     """The fields of `Gradients`, an empty tensor for each that is None."""
     read = Read(*arguments[:-4])
@@ -159,8 +152,7 @@ def _backward(*arguments: Any) -> tuple[Tensor, ...]:
     return _without_none(read.q, *implementation.backward(read, *arguments[-4:]))
 
 
-@_backward.register_fake
-def _(*arguments: Any) -> tuple[Tensor, ...]:
+def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
     read = Read(*arguments[:-4])
     likes = (None if x is None else torch.empty_like(x) for x in (getattr(read, name) for name in Gradients._fields))
     return _without_none(read.q, *likes)
@@ -170,17 +162,33 @@ def _without_none(q: Tensor, *gradients: Tensor | None) -> tuple[Tensor, ...]:
     return tuple(q.new_empty(0) if x is None else x for x in gradients)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:_SAVED], *output)
-    ctx.settings = inputs[_SAVED:]
+_forward_op = ops.register("memory_attention", _forward, _fake_forward, f"({_ARGUMENTS}) -> (Tensor, Tensor)")
+_backward_op = ops.register(
+    "memory_attention_backward",
+    _backward,
+    _fake_backward,
+    f"({_ARGUMENTS}, Tensor out, Tensor lse, Tensor grad_out, Tensor grad_lse)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
 
 
-def _differentiate(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    tensors, (out, lse) = ctx.saved_tensors[:_SAVED], ctx.saved_tensors[_SAVED:]
-    gradients = torch.ops.mmrec.memory_attention_backward(*tensors, *ctx.settings, out, lse, grad_out, grad_lse)
-    by_name = dict(zip(Gradients._fields, gradients, strict=True))
-    needed = dict(zip(Read._fields, ctx.needs_input_grad, strict=True))
-    return tuple(by_name.get(name) if needed[name] else None for name in Read._fields)
+class _Function(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        with ops.below_autograd():
+            output = _forward_op(*inputs)
+        ctx.save_for_backward(*inputs[:_SAVED], *output)
+        ctx.settings = inputs[_SAVED:]
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+        *tensors, out, lse = ctx.saved_tensors  # once: activation checkpointing allows no second look
+        gradients = _backward_op(*tensors, *ctx.settings, out, lse, grad_out, grad_lse)
+        by_name = dict(zip(Gradients._fields, gradients, strict=True))
+        needed = dict(zip(Read._fields, ctx.needs_input_grad, strict=True))
+        return tuple(by_name.get(name) if needed[name] else None for name in Read._fields)
 
 
-_forward.register_autograd(_differentiate, setup_context=_save)
+ops.differentiate("memory_attention", _Function)

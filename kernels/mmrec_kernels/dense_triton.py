@@ -5,8 +5,7 @@ Per direction
 1. a guess: the scan with the gate at its neutral value;
 2. `planned` iterations, each a cuBLAS product and one launch of `_step_kernel`, which computes the gates, scans, and
    writes the operand of the next product. The first of them may have 8-bit operands: they only improve the guess.
-   The last one measures the change, between its product and the one before, which are therefore fp32: rounding them
-   to 16 bit changes the states by about 1e−3 of the largest one;
+   The last one measures the change, between its product and the one before;
 3. `_refine_kernel`: more iterations until every row has converged. One launch whose programs meet at barriers; it
    returns at once if there is nothing left to do;
 4. `_finish_kernel`: the rows that have not converged after `max_iterations`, token by token, in the same manner.
@@ -15,6 +14,9 @@ Both directions are one scan of the same form; "before" and "after" a token are 
 
     forward:  h_t     = γ_t h_{t−1} + z_t σ(a_t),     a_t = W h_{t−1}
     adjoint:  λ_{t−1} = γ_t λ_t + (g_{t−1} + y_t),    y_t = Wᵀ(s_t λ_t),  s_t = z_t σ′(a_t)
+
+With W in 16 bit, operands are fp16 (scaled by a power of two, see `_Operands`) and products fp32. Either of them in
+bf16 would move the states by about 1e−3 of the largest one at every iteration, which then never settles within less.
 
 The change of an iteration is scanned beside the state, from the difference of the two products, so that states need
 not be kept from one iteration to the next.
@@ -30,155 +32,127 @@ from torch import Tensor
 from mmrec_kernels.backend import interpreted
 from mmrec_kernels.handoff import take_ticket
 from mmrec_kernels.matmul import gate_weight_gradient
+from mmrec_kernels.register_tiles import last_row, scan_tile, summarize_tile
 from mmrec_kernels.scan_torch import shift_right
 from mmrec_kernels.solver import SolverSettings
 from mmrec_kernels.time_tiles import (
-    BLOCK_D,
     GROUP,
-    STEPS,
     handoff_words,
     look_back,
     on_device,
-    programs_in_cache,
     publish_tile,
+    tile_of_ticket,
 )
 
 PLANNED = {torch.float32: 8}  # iterations before the change is looked at, by the dtype of W; else 5
-PLANNED_8_BIT = 3  # how many of them have 8-bit operands
+PLANNED_8_BIT = 2  # how many of them have 8-bit operands
 WIDTH_8_BIT = 2048  # from this width on: below, a product costs less than rounding its operands
-HEADROOM_8_BIT = 16.0  # 8-bit operands are scaled so that the largest input of the recurrence becomes this
-ROWS = 8  # tokens whose loads are in flight together
+HEADROOM = 16.0  # operands are scaled so that the largest input of the recurrence comes near this
+CHANNELS = 32  # of a tile, per warp
+STEPS = 64  # tokens of a tile
 
 
 @triton.jit
-def _added(source, product, s: tl.constexpr, stride, at, inside, keep, earliest, ADJOINT: tl.constexpr):
-    """What a token adds to the state: z σ(a), or g of the token before plus y."""
+def _added(source, product, unscale, offset, step, inside, keep, has_earlier, ADJOINT: tl.constexpr):
+    """What each token of a tile adds to the state: z σ(a), or g of the token before plus y."""
+    value = tl.zeros(offset.shape, tl.float32)
+    if product is not None:
+        value = tl.load(product + offset, inside, other=0.0).to(tl.float32)
+        if unscale is not None:
+            value *= tl.load(unscale)
     if ADJOINT:
-        value = tl.load(source + at - stride, inside & ~earliest, other=0.0).to(tl.float32)
-        if product is not None:
-            value += tl.load(product + at, inside, other=0.0).to(tl.float32) * keep
+        return tl.load(source + offset - step, inside & has_earlier, other=0.0).to(tl.float32) + value * keep
     else:
-        value = tl.load(source + at, inside, other=0.0).to(tl.float32)
-        if product is not None:
-            value *= tl.sigmoid(tl.load(product + at, inside, other=0.0).to(tl.float32))
-        else:
-            value *= 0.5
-    return value
+        return tl.load(source + offset, inside, other=0.0).to(tl.float32) * tl.sigmoid(value)
 
 
 @triton.jit
 def _step_tile(
-    gamma, source, product, old_product, factor, reset, initial, scale, operand, value, final, change, size,
-    words, change_words, chunk, b, channel, mask, batch, length,
-    D: tl.constexpr, ADJOINT: tl.constexpr, STEPS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
+    gamma, source, product, old_product, unscale, factor, reset, initial, scale, operand, value, final, change,
+    size, words, change_words, ticket, batch, length, shift,
+    D: tl.constexpr, ADJOINT: tl.constexpr, WHOLE: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr,
+    GROUP: tl.constexpr,
 ):  # fmt: skip
-    """One tile [STEPS, channels] of one iteration; see `_step_kernel`."""
+    """One tile [STEPS, BLOCK_D] of one iteration; see `_step_kernel`. The rows are in the order of the scan."""
+    chunk, b, channel, mask = tile_of_ticket(ticket, batch, D, BLOCK_D)
     chunks = tl.cdiv(length, STEPS)
     states = batch.to(tl.int64) * D
-    index = b.to(tl.int64) * D + channel
-    first = chunk * STEPS
-    count = tl.minimum(length - first, STEPS)
-    token = length - 1 - first if ADJOINT else first
-    step: tl.constexpr = -D if ADJOINT else D
-    row_step: tl.constexpr = -1 if ADJOINT else 1
-    place = (b.to(tl.int64) * length + token) * D + channel
-    row = b.to(tl.int64) * length + token
+    index = b * D + channel
+    row = tl.arange(0, STEPS)
+    direction: tl.constexpr = -1 if ADJOINT else 1
+    first = b * length + (length - 1 - chunk * STEPS if ADJOINT else chunk * STEPS)
+    offset = (first * D + channel + shift)[None, :] + (row * (direction * D)).to(tl.int64)[:, None]
+    inside = tl.full((STEPS, 1), True, tl.int1) if WHOLE else (chunk * STEPS + row < length)[:, None] & mask[None, :]
+    has_earlier = (chunk * STEPS + row < length - 1)[:, None]
+    keep = tl.full((STEPS, 1), 1.0, tl.float32)
+    if reset is not None:
+        there = chunk * STEPS + row < length
+        keep -= tl.load(reset + first + row * direction, there, other=0)[:, None].to(tl.float32)
 
-    decay = tl.full(channel.shape, 1.0, tl.float32)
-    state = tl.zeros(channel.shape, tl.float32)
-    delta = tl.zeros(channel.shape, tl.float32)
-    for i in range(0, count, ROWS):
-        for s in tl.static_range(ROWS):
-            inside = mask & (i + s < count)
-            at = place + (i + s) * step
-            keep = 1.0
-            if reset is not None:
-                keep = 1.0 - tl.load(reset + row + (i + s) * row_step, i + s < count, other=0).to(tl.float32)
-            earliest = first + i + s == (length - 1 if ADJOINT else -1)
-            g = tl.load(gamma + at, inside, other=1.0).to(tl.float32) * keep
-            x = _added(source, product, s, D, at, inside, keep, earliest, ADJOINT)
-            decay *= g
-            state = tl.fma(g, state, x)
-            if old_product is not None:
-                old = _added(source, old_product, s, D, at, inside, keep, earliest, ADJOINT)
-                delta = tl.fma(g, delta, x - old)
-    start = tl.load(initial + index, mask, other=0.0)
+    decays = tl.load(gamma + offset, inside, other=1.0).to(tl.float32) * keep
+    x = _added(source, product, unscale, offset, D, inside, keep, has_earlier, ADJOINT)
+    decay, state = summarize_tile(decays, x)
     publish_tile(words, states, chunk, index, mask, decay, state)
     if old_product is not None:
+        moved = x - _added(source, old_product, unscale, offset, D, inside, keep, has_earlier, ADJOINT)
+        decay, delta = summarize_tile(decays, moved)
         publish_tile(change_words, states, chunk, index, mask, decay, delta)
-    state = look_back(words, states, chunk, chunks, index, mask, decay, state, start, GROUP)
-    if old_product is not None:
-        nothing = tl.zeros(channel.shape, tl.float32)
-        delta = look_back(change_words, states, chunk, chunks, index, mask, decay, delta, nothing, GROUP)
+    start = tl.load(initial + index, mask, other=0.0)
+    start = look_back(words, states, chunk, chunks, index, mask, decay, state, start, GROUP)
+    before, after = scan_tile(decays, x, start)
 
-    factor_scale = 1.0
+    f = keep
+    if factor is not None:
+        f = tl.load(factor + offset, inside, other=0.0).to(tl.float32)
+    u = before * f
     if scale is not None:
-        factor_scale = tl.load(scale)
-    largest_change = tl.zeros(channel.shape, tl.float32)
-    largest = tl.zeros(channel.shape, tl.float32)
-    for i in range(0, count, ROWS):
-        for s in tl.static_range(ROWS):
-            inside = mask & (i + s < count)
-            at = place + (i + s) * step
-            keep = 1.0
-            if reset is not None:
-                keep = 1.0 - tl.load(reset + row + (i + s) * row_step, i + s < count, other=0).to(tl.float32)
-            earliest = first + i + s == (length - 1 if ADJOINT else -1)
-            g = tl.load(gamma + at, inside, other=1.0).to(tl.float32) * keep
-            x = _added(source, product, s, D, at, inside, keep, earliest, ADJOINT)
-            f = keep
-            if factor is not None:
-                f = tl.load(factor + at, inside, other=0.0).to(tl.float32)
-            u = state * f * factor_scale
-            if scale is not None:
-                u = tl.clamp(u, -448.0, 448.0)
-            tl.store(operand + at, u.to(operand.dtype.element_ty), inside)
-            before = state
-            state = tl.fma(g, state, x)
-            if old_product is not None:
-                old = _added(source, old_product, s, D, at, inside, keep, earliest, ADJOINT)
-                delta_before = delta
-                delta = tl.fma(g, delta, x - old)
-                written = before if ADJOINT else state
-                tl.store(value + at, written.to(value.dtype.element_ty), inside)
-                weight = 1.0 - g if ADJOINT else 1.0
-                moved = tl.abs(delta_before if ADJOINT else delta) * weight
-                largest_change = tl.maximum(largest_change, tl.where(inside, moved, 0.0))
-                largest = tl.maximum(largest, tl.where(inside, tl.abs(written) * weight, 0.0))
+        u *= tl.load(scale)
+        if operand.dtype.element_ty == tl.float16:
+            # what fp16 cannot hold must not pass for converged
+            if tl.max(tl.max(tl.where(inside, tl.abs(u), 0.0), 0)) > 65504.0:
+                tl.atomic_max(change + b, 0x7F800000, sem="relaxed")  # infinity
+        else:
+            u = tl.clamp(u, -448.0, 448.0)
+    tl.store(operand + offset, u.to(operand.dtype.element_ty), inside)
     if old_product is not None:
-        # numbers that are not negative are ordered like their bits
-        tl.atomic_max(change + b, tl.max(largest_change).to(tl.int32, bitcast=True), sem="relaxed")
-        tl.atomic_max(size + b, tl.max(largest).to(tl.int32, bitcast=True), sem="relaxed")
+        tl.store(value + offset, (before if ADJOINT else after).to(value.dtype.element_ty), inside)
         if chunk == chunks - 1:
-            tl.store(final + index, state, mask)
+            tl.store(final + index, last_row(after), mask)
+        nothing = tl.zeros((BLOCK_D,), tl.float32)
+        start = look_back(change_words, states, chunk, chunks, index, mask, decay, delta, nothing, GROUP)
+        moved_before, moved_after = scan_tile(decays, moved, start)
+        if ADJOINT:  # measured in (1 − γ) λ
+            weight = 1.0 - decays
+            largest_change, largest = tl.abs(moved_before) * weight, tl.abs(before) * weight
+        else:
+            largest_change, largest = tl.abs(moved_after), tl.abs(after)
+        # numbers that are not negative are ordered like their bits
+        most = tl.max(tl.max(tl.where(inside, largest_change, 0.0), 0))
+        tl.atomic_max(change + b, most.to(tl.int32, bitcast=True), sem="relaxed")
+        most = tl.max(tl.max(tl.where(inside, largest, 0.0), 0))
+        tl.atomic_max(size + b, most.to(tl.int32, bitcast=True), sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["batch", "length"])
+@triton.jit(do_not_specialize=["batch", "length", "shift"])
 def _step_kernel(
-    gamma, source, product, old_product, factor, reset, initial, scale, operand, value, final, change, size,
-    words, change_words, batch, length,
-    D: tl.constexpr, ADJOINT: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr, GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
+    gamma, source, product, old_product, unscale, factor, reset, initial, scale, operand, value, final, change,
+    size, words, change_words, batch, length, shift,
+    D: tl.constexpr, ADJOINT: tl.constexpr, WHOLE: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr,
+    GROUP: tl.constexpr,
 ):  # fmt: skip
     """One iteration: scans with the gates of a product, and writes the operand of the next product.
 
     gamma, source (z, or the gradient of h), product, old_product, factor (s of the adjoint), operand and value are
     [batch, length, D]; reset [batch, length]; initial and final [batch, D] fp32; change and size [batch] int32, the
     bits of fp32 numbers. Without a product the gate is neutral (y is zero). With an old one the iteration is measured,
-    and value and final are written. scale: 8-bit operands are multiplied by it.
+    and value and final are written. scale, unscale: what operands and products are multiplied by. shift: zero, see
+    `register_tiles`. WHOLE: tiles fill length and D. A program takes one tile, which stays in its registers.
     """
-    blocks: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
-    tiles = tl.cdiv(length, STEPS) * batch * blocks
-    ticket = take_ticket(words)
-    while ticket < tiles:
-        column = ticket % (batch * blocks)
-        channel = column % blocks * BLOCK_D + tl.arange(0, BLOCK_D)
-        _step_tile(
-            gamma, source, product, old_product, factor, reset, initial, scale, operand, value, final, change, size,
-            words + 4, change_words + 4, ticket // (batch * blocks), column // blocks, channel, channel < D,
-            batch, length, D, ADJOINT, STEPS, GROUP, ROWS,
-        )  # fmt: skip
-        ticket = take_ticket(words)
+    _step_tile(
+        gamma, source, product, old_product, unscale, factor, reset, initial, scale, operand, value, final, change,
+        size, words + 4, change_words + 4, take_ticket(words), batch, length, shift,
+        D, ADJOINT, WHOLE, BLOCK_D, STEPS, GROUP,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -210,17 +184,17 @@ def _all_converged(change, size, batch, tolerance):
 
 @triton.jit
 def _product_tile(
-    operand, weight, product, m_block, n_block, tokens, N_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr,
+    operand, matrix, product, m_block, n_block, tokens, N_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr,
     D: tl.constexpr, HEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """product[m, n] = Σ_k weight[n, k] operand[m, k], k over the head that n belongs to."""
+    """product[m, n] = Σ_k matrix[n, k] operand[m, k], k over the head that n belongs to."""
     per_head: tl.constexpr = (HEAD + BLOCK_N - 1) // BLOCK_N
     head = n_block // per_head
     n = n_block % per_head * BLOCK_N + tl.arange(0, BLOCK_N)
     m = m_block * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tl.arange(0, BLOCK_K)
     left = operand + m.to(tl.int64)[:, None] * D + head * HEAD + k[None, :]
-    right = weight + head * HEAD * HEAD + k[:, None] * K_STRIDE + n[None, :] * N_STRIDE
+    right = matrix + head * HEAD * HEAD + k[:, None] * K_STRIDE + n[None, :] * N_STRIDE
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, HEAD, BLOCK_K):
         there = k < HEAD - start
@@ -231,12 +205,12 @@ def _product_tile(
     tl.store(at, total.to(product.dtype.element_ty), mask=(m < tokens)[:, None] & (n < HEAD)[None, :])
 
 
-@triton.jit(do_not_specialize=["batch", "length"])
+@triton.jit(do_not_specialize=["batch", "length", "shift"])
 def _refine_kernel(
-    gamma, source, products, weight, factor, reset, initial, operand, value, final, changes, sizes, iterations,
-    words, change_words, word_count, meeting, batch, length, tolerance, planned, max_iterations,
+    gamma, source, products, unscale, matrix, factor, reset, initial, scale, operand, value, final, changes, sizes,
+    iterations, words, change_words, word_count, meeting, batch, length, shift, tolerance, planned, max_iterations,
     N_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr, D: tl.constexpr, HEAD: tl.constexpr, ADJOINT: tl.constexpr,
-    BLOCK_D: tl.constexpr, STEPS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
+    WHOLE: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Goes on iterating until every row has converged or the iterations are spent. All programs run at once.
@@ -250,8 +224,7 @@ def _refine_kernel(
     elements = tokens.to(tl.int64) * D
     m_blocks = tl.cdiv(tokens, BLOCK_M)
     n_blocks: tl.constexpr = (D // HEAD) * ((HEAD + BLOCK_N - 1) // BLOCK_N)
-    blocks: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
-    tiles = tl.cdiv(length, STEPS) * batch * blocks
+    tiles = tl.cdiv(length, STEPS) * batch * ((D + BLOCK_D - 1) // BLOCK_D)
     iteration = planned
     meetings = 1
     while (iteration < max_iterations) & (
@@ -262,18 +235,15 @@ def _refine_kernel(
         old = products + ((iteration + 1) % 2) * elements
         for tile in range(program, m_blocks * n_blocks, programs):
             _product_tile(
-                operand, weight, new, tile // n_blocks, tile % n_blocks, tokens, N_STRIDE, K_STRIDE,
+                operand, matrix, new, tile // n_blocks, tile % n_blocks, tokens, N_STRIDE, K_STRIDE,
                 D, HEAD, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
         meetings = _meet(meeting, meetings)
         for tile in range(program, tiles, programs):
-            column = tile % (batch * blocks)
-            channel = column % blocks * BLOCK_D + tl.arange(0, BLOCK_D)
             _step_tile(
-                gamma, source, new, old, factor, reset, initial, None, operand, value, final,
-                changes + iteration * batch, sizes + iteration * batch, words, change_words,
-                tile // (batch * blocks), column // blocks, channel, channel < D,
-                batch, length, D, ADJOINT, STEPS, GROUP, ROWS,
+                gamma, source, new, old, unscale, factor, reset, initial, scale, operand, value, final,
+                changes + iteration * batch, sizes + iteration * batch, words + 4, change_words + 4,
+                tile, batch, length, shift, D, ADJOINT, WHOLE, BLOCK_D, STEPS, GROUP,
             )  # fmt: skip
         meetings = _meet(meeting, meetings)
         for start in range(program * 1024, word_count, programs * 1024):
@@ -327,7 +297,7 @@ def _finish_kernel(
                         f = keep
                         if factor is not None:
                             f = tl.load(factor + row + at, there, other=0.0).to(tl.float32)
-                        u = (before * f).to(weight.dtype.element_ty).to(tl.float32)
+                        u = before * f
                         place = head * HEAD * HEAD + inner[:, None] * N_STRIDE + k[None, :] * K_STRIDE
                         w = tl.load(weight + place, (inner < HEAD)[:, None] & there[None, :], other=0.0)
                         total += tl.sum(w.to(tl.float32) * u[None, :], 1)
@@ -355,20 +325,23 @@ def _finish_kernel(
 
 
 @triton.jit
-def _slope_kernel(z, product, slope, count, BLOCK: tl.constexpr):
-    """s = z σ′(a), elementwise over `count` elements."""
+def _slope_kernel(z, logits, unscale, slope, count, BLOCK: tl.constexpr):
+    """s = z σ′(a), elementwise over `count` elements; a is the logits times `unscale`, if there is one."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
-    gate = tl.sigmoid(tl.load(product + at, inside, other=0.0).to(tl.float32))
+    a = tl.load(logits + at, inside, other=0.0)
+    if unscale is not None:
+        a *= tl.load(unscale)
+    gate = tl.sigmoid(a)
     value = tl.load(z + at, inside, other=0.0).to(tl.float32) * gate * (1.0 - gate)
     tl.store(slope + at, value.to(slope.dtype.element_ty), inside)
 
 
 @triton.jit
 def _gradient_kernel(
-    adjoint, z, product, before, grad_z, grad_gamma, grad_gate, reset, D: tl.constexpr, BLOCK: tl.constexpr
+    adjoint, z, logits, unscale, before, grad_z, grad_gamma, grad_gate, reset, D: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Gradients of one token [D]: z's λ σ(a), γ's λ h_{t−1}, the logits' λ s; both of them zero at a reset."""
+    """Gradients of one token [D]: z's λ σ(a), γ's λ h_{t−1}, the logits' λ s; the last two are zero at a reset."""
     row = tl.program_id(0).to(tl.int64)
     keep = 1.0
     if reset is not None:
@@ -378,7 +351,10 @@ def _gradient_kernel(
         inside = channel < D
         at = row * D + channel
         value = tl.load(adjoint + at, inside, other=0.0)
-        gate = tl.sigmoid(tl.load(product + at, inside, other=0.0).to(tl.float32))
+        a = tl.load(logits + at, inside, other=0.0)
+        if unscale is not None:
+            a *= tl.load(unscale)
+        gate = tl.sigmoid(a)
         slope = tl.load(z + at, inside, other=0.0).to(tl.float32) * gate * (1.0 - gate)
         h = tl.load(before + at, inside, other=0.0).to(tl.float32)
         tl.store(grad_z + at, (value * gate).to(grad_z.dtype.element_ty), inside)
@@ -412,7 +388,7 @@ def _by_head(x: Tensor, heads: int) -> Tensor:
 
 
 def _multiply(operand: Tensor, matrix: Tensor, out: Tensor) -> Tensor:
-    """out = matrix · operand for every token; operand and out [B, T, D], matrix [H, d, d]; out is fp32 or 16 bit."""
+    """out = matrix · operand for every token; operand [B, T, D], out likewise or fp32, matrix [H, d, d]."""
     left, right, result = _by_head(operand, matrix.shape[0]), matrix.mT, _by_head(out, matrix.shape[0])
     if out.dtype == operand.dtype:
         torch.bmm(left, right, out=result)
@@ -423,80 +399,97 @@ def _multiply(operand: Tensor, matrix: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-class _EightBit:
-    """Products with operands in e4m3, for the first iterations.
+def _largest(x: Tensor) -> Tensor:
+    """Largest absolute value of the rows [B, ...] that are finite, fp32, positive."""
+    rows = torch.linalg.vector_norm(x.flatten(1), float("inf"), dim=1, dtype=torch.float32)
+    return rows.nan_to_num(0.0, 0.0, 0.0).amax().clamp_min(torch.finfo(torch.float32).tiny)
 
-    Operands are scaled by what makes the largest input of the recurrence `HEADROOM_8_BIT`, the matrix by what makes
-    its largest element fill the format; both factors stay on the device.
+
+def _scale(x: Tensor) -> Tensor:
+    """The power of two that brings the largest value of x near `HEADROOM`: fp16 then holds 4000 times as much."""
+    return torch.exp2(torch.floor(torch.log2(HEADROOM / _largest(x))))
+
+
+class _Operands:
+    """Operands of the products, and the products.
+
+    With W in 16 bit, operands are scaled by the power of two that brings the recurrence's largest input near
+    `HEADROOM`, and are fp16, or e4m3 for the first `low` products. Scales stay on the device. fp32 operands are taken
+    as they are.
     """
 
-    def __init__(self, problem: _Problem):
-        matrix = problem.matrix[0]
-        largest = torch.finfo(torch.float8_e4m3fn).max
-        tiny = torch.finfo(torch.float32).tiny
-        self.scale = HEADROOM_8_BIT / problem.source.abs().amax().float().clamp_min(tiny)
-        matrix_scale = largest / matrix.abs().amax().float().clamp_min(tiny)
-        self.matrix = (matrix * matrix_scale).to(torch.float8_e4m3fn).contiguous()
-        self.inverse_scales = 1 / self.scale, 1 / matrix_scale
-        self.operand = torch.empty(problem.source.shape, dtype=torch.float8_e4m3fn, device=matrix.device)
+    def __init__(self, problem: _Problem, planned: int):
+        source, matrix = problem.source, problem.matrix
+        device = source.device
+        half = matrix.dtype != torch.float32
+        self.matrix = matrix.to(torch.float16) if half else matrix
+        self.scale = _scale(source) if half else None
+        self.unscale = 1 / self.scale if self.scale is not None else None
+        self.operand = torch.empty(source.shape, dtype=self.matrix.dtype, device=device)
+        self.low = min(PLANNED_8_BIT, planned - 2) if planned > 2 and _has_8_bit_products(problem) else 0
+        if self.low and self.unscale is not None:
+            matrix_scale = torch.finfo(torch.float8_e4m3fn).max / _largest(matrix)
+            self.low_matrix = (matrix[0] * matrix_scale).to(torch.float8_e4m3fn).contiguous()
+            self.low_scales = self.unscale, 1 / matrix_scale
+            self.low_operand = torch.empty(source.shape, dtype=torch.float8_e4m3fn, device=device)
+            self.low_product = torch.empty(source.shape, dtype=torch.bfloat16, device=device)
 
-    @staticmethod
-    def available(problem: _Problem) -> bool:
-        device, matrix = problem.source.device, problem.matrix
-        wide = matrix.shape[0] == 1 and matrix.shape[1] >= WIDTH_8_BIT and matrix.shape[1] % 16 == 0
-        if interpreted() or not wide or matrix.dtype == torch.float32:
-            return False
-        return torch.cuda.get_device_capability(device) >= (8, 9)
+    def after(self, n: int) -> Tensor:
+        """Where iteration n writes its operand."""
+        return self.low_operand if n < self.low else self.operand
 
-    def product(self, out: Tensor) -> None:
-        flat = self.operand.flatten(0, 1)
-        torch._scaled_mm(flat, self.matrix.T, *self.inverse_scales, out_dtype=out.dtype, out=out.flatten(0, 1))
+    def product(self, n: int, out: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The product of iteration n ≥ 1, in `out` (fp32) or elsewhere, and what to multiply it by."""
+        if n > self.low:
+            return _multiply(self.operand, self.matrix, out), self.unscale
+        flat, result = self.low_operand.flatten(0, 1), self.low_product
+        torch._scaled_mm(flat, self.low_matrix.T, *self.low_scales, out_dtype=result.dtype, out=result.flatten(0, 1))
+        return result, None
+
+
+def _has_8_bit_products(problem: _Problem) -> bool:
+    heads, width, _ = problem.matrix.shape
+    if interpreted() or heads > 1 or width < WIDTH_8_BIT or width % 16 or problem.matrix.dtype == torch.float32:
+        return False
+    return torch.cuda.get_device_capability(problem.source.device) >= (8, 9)
 
 
 def _solve(problem: _Problem, settings: SolverSettings) -> tuple[Tensor, Tensor]:
     """Fills value and final; returns iterations [B] int32 and residual [B] fp32."""
-    source, weight, matrix = problem.source, problem.weight, problem.matrix
+    source = problem.source
     batch, length, width = source.shape
     device = source.device
     limit = 0 if settings.solver == "sequential" else min(settings.max_iterations, length)
-    planned = min(PLANNED.get(weight.dtype, 5), limit)
-    low = min(PLANNED_8_BIT, planned - 2) if planned > 2 and _EightBit.available(problem) else 0
-    eight_bit = _EightBit(problem) if low else None
+    planned = min(PLANNED.get(problem.weight.dtype, 5), limit)
+    operands = _Operands(problem, planned)
 
     products = torch.empty(2, batch, length, width, dtype=torch.float32, device=device)
-    early_product = torch.empty(source.shape, dtype=weight.dtype, device=device)
-    operand = torch.empty(source.shape, dtype=weight.dtype, device=device)
     # bits of fp32; a row that nothing is known about has not converged
     changes = torch.zeros(limit + 1, batch, dtype=torch.int32, device=device)
     sizes = torch.zeros_like(changes)
     if limit == 0:
         changes.view(torch.float32).fill_(float("inf"))
         sizes.view(torch.float32).fill_(1.0)
-    words = handoff_words(planned + 2, length, batch * width, device)
-    state = dict(
+    words = handoff_words(planned + 2, length, batch * width, device, STEPS)
+    common = dict(
         gamma=problem.gamma, source=source, factor=problem.factor, reset=problem.reset, initial=problem.initial,
-        value=problem.value, final=problem.final, batch=batch, length=length,
-        D=width, ADJOINT=problem.adjoint, STEPS=STEPS, GROUP=GROUP, ROWS=ROWS,
+        value=problem.value, final=problem.final, batch=batch, length=length, D=width, ADJOINT=problem.adjoint,
     )  # fmt: skip
-    item_bytes = problem.gamma.element_size() + source.element_size() + 4
+    tiles = triton.cdiv(length, STEPS) * batch * triton.cdiv(width, 4 * CHANNELS)
+    tiling = dict(STEPS=STEPS, GROUP=GROUP, WHOLE=length % STEPS == 0 and width % (8 * CHANNELS) == 0, shift=0)
     product: Tensor | None = None
+    unscale: Tensor | None = None
     for n in range(planned + 1):
         old_product = product
         if n > 0:
-            product = products[n % 2] if n >= planned - 1 else early_product
-            if eight_bit is not None and n <= low:
-                eight_bit.product(product)
-            else:
-                _multiply(operand, matrix, product)
+            product, unscale = operands.product(n, products[n % 2])
         if n == planned == 1:
             old_product = products[0].zero_()  # the neutral gate of the guess
-        into = eight_bit if eight_bit is not None and n < low else None
-        _step_kernel[(programs_in_cache(batch, length, width, item_bytes, device),)](
-            **state,
-            product=product, old_product=old_product if n == planned else None,
-            scale=into.scale if into else None, operand=into.operand if into else operand,
-            change=changes[planned], size=sizes[planned], words=words[n], change_words=words[planned + 1],
-            BLOCK_D=BLOCK_D, num_warps=1, num_stages=1,
+        _step_kernel[(tiles,)](
+            **common, **tiling,
+            product=product, old_product=old_product if n == planned else None, unscale=unscale,
+            scale=operands.scale, operand=operands.after(n), change=changes[planned], size=sizes[planned],
+            words=words[n], change_words=words[planned + 1], BLOCK_D=4 * CHANNELS, num_warps=4,
         )  # fmt: skip
 
     counters = torch.zeros(2, dtype=torch.int32, device=device)
@@ -504,26 +497,25 @@ def _solve(problem: _Problem, settings: SolverSettings) -> tuple[Tensor, Tensor]
     programs, blocks = 1, _BLOCKS_INTERPRETED
     if device.type == "cuda":
         programs = torch.cuda.get_device_properties(device).multi_processor_count
-        blocks = _BLOCKS.get(weight.dtype, _BLOCKS_16_BIT)
-    n_stride, k_stride = matrix.stride()[1:]
-    shared = state | dict(
-        weight=weight, changes=changes, sizes=sizes, iterations=iterations, tolerance=settings.tolerance,
-        N_STRIDE=n_stride, K_STRIDE=k_stride, HEAD=matrix.shape[1], num_warps=8,
-        launch_cooperative_grid=device.type == "cuda",
+        blocks = _BLOCKS.get(problem.weight.dtype, _BLOCKS_16_BIT)
+    together = dict(
+        changes=changes, sizes=sizes, iterations=iterations, tolerance=settings.tolerance,
+        HEAD=problem.matrix.shape[1], num_warps=8, launch_cooperative_grid=device.type == "cuda",
     )  # fmt: skip
     words[:2].zero_()  # used by the guess and the first iteration
+    n_stride, k_stride = operands.matrix.stride()[1:]
     _refine_kernel[(programs,)](
-        **shared,
-        products=products, operand=operand, words=words[0], change_words=words[1], word_count=words.shape[1],
-        meeting=counters[0], planned=planned, max_iterations=limit,
-        BLOCK_D=8 * BLOCK_D, BLOCK_M=blocks[0], BLOCK_N=blocks[1], BLOCK_K=blocks[2], num_stages=3,
+        **common, **tiling, **together,
+        matrix=operands.matrix, N_STRIDE=n_stride, K_STRIDE=k_stride, products=products, unscale=operands.unscale,
+        scale=operands.scale, operand=operands.operand, words=words[0], change_words=words[1],
+        word_count=words.shape[1], meeting=counters[0], planned=planned, max_iterations=limit,
+        BLOCK_D=8 * CHANNELS, BLOCK_M=blocks[0], BLOCK_N=blocks[1], BLOCK_K=blocks[2], num_stages=3,
     )  # fmt: skip
-    for name in ("STEPS", "GROUP", "ROWS"):
-        del shared[name]
+    n_stride, k_stride = problem.matrix.stride()[1:]
     _finish_kernel[(programs,)](
-        **shared,
-        states=torch.empty(2, width, dtype=torch.float32, device=device), meeting=counters[1],
-        BLOCK_N=16, BLOCK_K=256,
+        **common, **together,
+        weight=problem.weight, N_STRIDE=n_stride, K_STRIDE=k_stride, meeting=counters[1],
+        states=torch.empty(2, width, dtype=torch.float32, device=device), BLOCK_N=16, BLOCK_K=256,
     )  # fmt: skip
     last = iterations.long()
     change, size = (x.index_select(0, last)[0].view(torch.float32) for x in (changes, sizes))
@@ -539,13 +531,14 @@ _BLOCKS = {torch.float32: (64, 64, 32)}
 _BLOCKS_INTERPRETED = (16, 16, 16)
 
 
-def _logits(h: Tensor, initial: Tensor, reset: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The states before each token in the weight's dtype, zero where forgotten, and W times them [B, T, D]."""
-    before = shift_right(h, initial.to(h.dtype)).to(weight.dtype)
-    if reset is not None:
-        before.masked_fill_(reset.unsqueeze(-1), 0.0)
+def _logits(before: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+    """W times the states before each token [B, T, D] in fp32, and what to multiply it by."""
     matrix = weight if weight.dim() == 3 else weight.unsqueeze(0)
-    return before, _multiply(before, matrix, torch.empty_like(before))
+    out = torch.empty(before.shape, dtype=torch.float32, device=before.device)
+    if weight.dtype == torch.float32:
+        return _multiply(before.float(), matrix, out), None
+    scale = _scale(before)
+    return _multiply((before * scale).to(torch.float16), matrix.to(torch.float16), out), 1 / scale
 
 
 def forward(
@@ -575,9 +568,12 @@ def backward(
     """Gradients of z, gamma, weight and the initial state."""
     z, gamma, weight = z.contiguous(), gamma.contiguous(), weight.contiguous()
     with on_device(z.device):
-        before, logits = _logits(h, initial, reset, weight)
-        slope = torch.empty_like(logits)
-        _slope_kernel[(triton.cdiv(z.numel(), 2048),)](z, logits, slope, z.numel(), BLOCK=2048)
+        before = shift_right(h, initial.to(h.dtype))
+        if reset is not None:
+            before.masked_fill_(reset.unsqueeze(-1), 0.0)
+        logits, unscale = _logits(before, weight)
+        slope = torch.empty(z.shape, dtype=weight.dtype, device=z.device)
+        _slope_kernel[(triton.cdiv(z.numel(), 2048),)](z, logits, unscale, slope, z.numel(), BLOCK=2048)
         adjoint = torch.empty(z.shape, dtype=torch.float32, device=z.device)
         grad_initial = torch.empty(initial.shape, dtype=torch.float32, device=z.device)
         last = grad_h[:, -1].float() + grad_final
@@ -586,6 +582,6 @@ def backward(
         grad_z, grad_gamma = torch.empty_like(z), torch.empty_like(gamma)
         grad_gate = slope  # no longer needed
         _gradient_kernel[(z.shape[0] * z.shape[1],)](
-            adjoint, z, logits, before, grad_z, grad_gamma, grad_gate, reset, D=z.shape[2], BLOCK=1024
+            adjoint, z, logits, unscale, before, grad_z, grad_gamma, grad_gate, reset, D=z.shape[2], BLOCK=1024
         )
     return grad_z, grad_gamma, gate_weight_gradient(grad_gate, before, weight), grad_initial.to(initial.dtype)

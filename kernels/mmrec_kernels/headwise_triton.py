@@ -31,6 +31,7 @@ from torch import Tensor
 
 from mmrec_kernels.handoff import publish, take_ticket, wait_for
 from mmrec_kernels.matmul import gate_weight_gradient
+from mmrec_kernels.register_tiles import scan_tile
 from mmrec_kernels.scan_torch import shift_right
 from mmrec_kernels.solver import SolverSettings
 
@@ -38,34 +39,6 @@ TILE = 64
 PIPELINED = 16  # iterations in which a tile does not wait for the one before it to be done; each has its own carries
 
 DONE = tl.constexpr(1 << 20)  # flag of a tile that is done, plus the number of its carries; before: that number
-
-
-@triton.jit
-def _then(decay_1, input_1, factor_1, before_1, decay_2, input_2, factor_2, before_2):
-    """Two spans of tokens as one. A span maps the state s that enters it to the state before its last token,
-    factor·s + before; decay and input are those of its last token."""
-    return (
-        decay_2,
-        input_2,
-        factor_2 * decay_1 * factor_1,
-        tl.fma(factor_2, tl.fma(decay_1, before_1, input_1), before_2),
-    )
-
-
-@triton.jit
-def _scan_tile(gamma, x, carry):
-    """The states before and after each row [TILE, d] of s ← γ s + x, from the carry [d] before the first.
-
-    The last axis has as many channels as the program has threads, or fewer: a thread owns whole columns and scans
-    them in its registers.
-    """
-    first = (tl.arange(0, gamma.shape[0]) == 0)[:, None]
-    before = tl.where(first, carry[None, :], 0.0)
-    one = tl.full(gamma.shape, 1.0, tl.float32)
-    # γ and x come out as they went in, but in the layout of the scan: with `x` itself the rest of the iteration would
-    # be laid out like the matrix product that x comes from, and γ would be kept twice
-    gamma, x, _, before = tl.associative_scan((gamma, x, one, before), 0, _then)
-    return before, tl.fma(gamma, before, x)
 
 
 @triton.jit
@@ -160,23 +133,23 @@ def _solve_kernel(
             before_scale = tl.load(scale_ptr + slot, cache_modifier=".cg")
         if ADJOINT:
             grad_before = tl.load(grad_ptr + offset - H * d, mask=inside & ~earliest, other=0.0).to(tl.float32)
-            before, after = _scan_tile(gamma, product * keep + grad_before, carry)
+            before, after = scan_tile(gamma, product * keep + grad_before, carry)
             new = (1.0 - gamma) * before
         else:
             z = tl.load(z_ptr + offset, mask=inside, other=0.0).to(tl.float32)
-            before, after = _scan_tile(gamma, z * tl.sigmoid(product), carry)
+            before, after = scan_tile(gamma, z * tl.sigmoid(product), carry)
             new = after
         carry_out = tl.sum(tl.where((row == TILE - 1)[:, None], after, 0.0), 0)
         # columns first, within threads, then both at once across threads: the next tile is waiting
         change, largest = tl.reduce((tl.max(tl.abs(new - value), 0), tl.max(tl.abs(new), 0)), 0, _larger)
         scale = tl.maximum(before_scale, largest)
         value = new
-        exact += final.to(tl.int32)
+        exact = tl.where(final, exact + 1, exact)
         relative_change = change / tl.maximum(scale, 1e-37)
         if n <= pipelined:
             residual = relative_change
-        # NaN compares false: it ends the iteration
-        done = final & ((not (relative_change > tolerance)) | (exact > TILE))
+        # NaN compares false: it ends the iteration, but not token by token (tolerance < 0)
+        done = final & (((tolerance >= 0.0) & (not (relative_change > tolerance))) | (exact > TILE))
         if done | (n < pipelined):
             mine = tl.minimum(n, pipelined)
             slot = mine.to(tl.int64) * tiles + ticket
@@ -185,7 +158,13 @@ def _solve_kernel(
             publish(flags_ptr + 1 + ticket, tl.where(done, DONE, 0) + mine + 1)
         if not done:
             factor = tl.load(grad_gate_ptr + offset, mask=inside, other=0.0).to(tl.float32) if ADJOINT else keep
-            product = tl.dot((before * factor).to(weight.dtype), operand, input_precision="tf32x3")
+            # A 16-bit operand would move the states by 1e-3 of the largest one, and the iteration would not settle
+            # within less: its rounding error is multiplied as well
+            left = before * factor
+            rounded = left.to(weight.dtype)
+            product = tl.dot(rounded, operand, input_precision="tf32x3")
+            if weight.dtype != tl.float32:
+                product = tl.dot((left - rounded.to(tl.float32)).to(weight.dtype), operand, product)
         n += 1
 
     if ADJOINT:

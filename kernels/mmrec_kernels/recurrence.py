@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from mmrec_kernels import dense_triton, headwise_triton, recurrence_torch
+from mmrec_kernels import dense_triton, headwise_triton, ops, recurrence_torch
 from mmrec_kernels.backend import use_triton
 from mmrec_kernels.checks import check_sequence, compute_dtype
 from mmrec_kernels.solver import SOLVERS, SolverSettings, default_tolerance
@@ -45,8 +46,7 @@ def _implementation(z: Tensor, gamma: Tensor, weight: Tensor) -> ModuleType:
     return headwise_triton if headwise_triton.supports(weight) else dense_triton
 
 
-@torch.library.custom_op("mmrec::gated_recurrence", mutates_args=())
-def _forward_op(
+def _forward(
     z: Tensor,
     gamma: Tensor,
     weight: Tensor,
@@ -57,11 +57,19 @@ def _forward_op(
     max_iterations: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     settings = SolverSettings(solver, tolerance, max_iterations)
-    return _implementation(z, gamma, weight).forward(z, gamma, weight, initial, reset, settings)
+    reset = None if reset is None else reset.contiguous()
+    h, *others = _implementation(z, gamma, weight).forward(z, gamma, weight, initial, reset, settings)
+    return h.contiguous(), *others
 
 
-@torch.library.custom_op("mmrec::gated_recurrence_backward", mutates_args=())
-def _backward_op(
+def _fake_forward(z: Tensor, gamma: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    batch = z.shape[0]
+    final = z.new_empty(batch, z.shape[2], dtype=compute_dtype(z.dtype, gamma.dtype, weight.dtype))
+    iterations = z.new_empty(batch, dtype=torch.int32)
+    return z.new_empty(z.shape), final, iterations, z.new_empty(batch, dtype=torch.float32)
+
+
+def _backward(
     grad_h: Tensor,
     grad_final: Tensor,
     z: Tensor,
@@ -74,34 +82,41 @@ def _backward_op(
     tolerance: float,
     max_iterations: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of z, gamma, weight and initial."""
     settings = SolverSettings(solver, tolerance, max_iterations)
+    reset = None if reset is None else reset.contiguous()
     backward = _implementation(z, gamma, weight).backward
-    return backward(grad_h, grad_final, z, gamma, weight, initial, reset, h, settings)
+    gradients = backward(grad_h, grad_final, z, gamma, weight, initial, reset, h, settings)
+    grad_z, grad_gamma, grad_weight, grad_initial = gradients
+    grad_initial = grad_initial.to(initial.dtype).contiguous()
+    return grad_z.contiguous(), grad_gamma.contiguous(), grad_weight.contiguous(), grad_initial
 
 
-@_forward_op.register_fake
-def _(z: Tensor, gamma: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    final = z.new_empty((z.shape[0], z.shape[2]), dtype=compute_dtype(z.dtype, gamma.dtype, weight.dtype))
-    iterations = z.new_empty((z.shape[0],), dtype=torch.int32)
-    return torch.empty_like(z), final, iterations, z.new_empty((z.shape[0],), dtype=torch.float32)
+def _fake_backward(grad_h: Tensor, grad_final: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in inputs[:4])  # z, gamma, weight, initial
 
 
-@_backward_op.register_fake
-def _(grad_h: Tensor, grad_final: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(x) for x in inputs[:4])  # z, gamma, weight, initial
+_forward_op = ops.register("gated_recurrence", _forward, _fake_forward)
+_backward_op = ops.register("gated_recurrence_backward", _backward, _fake_backward)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.mark_non_differentiable(*output[2:])
-    ctx.save_for_backward(*inputs[:5], output[0])
-    ctx.settings = inputs[5:]
+class _Function(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        with ops.below_autograd():
+            h, final, iterations, residual = _forward_op(*inputs)
+        ctx.mark_non_differentiable(iterations, residual)
+        ctx.save_for_backward(*inputs[:5], h)
+        ctx.settings = inputs[5:]
+        return h, final, iterations, residual
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_h: Tensor, grad_final: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        return *_backward_op(grad_h, grad_final, *ctx.saved_tensors, *ctx.settings), None, None, None, None
 
 
-def _backward(ctx: Any, grad_h: Tensor, grad_final: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    return *_backward_op(grad_h, grad_final, *ctx.saved_tensors, *ctx.settings), None, None, None, None
-
-
-_forward_op.register_autograd(_backward, setup_context=_save)
+ops.differentiate("gated_recurrence", _Function)
 
 
 def gated_recurrence(

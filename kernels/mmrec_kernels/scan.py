@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from mmrec_kernels import exponential_triton, scan_torch, scan_triton
+from mmrec_kernels import exponential_triton, ops, scan_torch, scan_triton
 from mmrec_kernels.backend import use_triton
 from mmrec_kernels.checks import check_sequence, compute_dtype
 from mmrec_kernels.scan_torch import BlockedScan, shift_left, shift_right
@@ -31,21 +32,17 @@ def _implementation(operation: str, kernels: ModuleType, gamma: Tensor, *others:
     return kernels if use_triton(operation, gamma.device, "inputs are fp64" if double else None) else scan_torch
 
 
-@torch.library.custom_op("mmrec::linear_scan", mutates_args=())
-def _linear_scan(
+def _linear_scan_forward(
     gamma: Tensor, x: Tensor, initial: Tensor | None, reset: Tensor | None, reverse: bool
 ) -> tuple[Tensor, Tensor]:
     scans = _implementation("linear_scan", scan_triton, gamma, x, initial)
     return scans.linear_scan_forward(gamma, x, initial, reset, reverse)
 
 
-@_linear_scan.register_fake
-def _(gamma: Tensor, x: Tensor, initial: Tensor | None, reset: Tensor | None, reverse: bool) -> tuple[Tensor, Tensor]:
-    batch, _, width = x.shape
-    return x.new_empty(x.shape), x.new_empty(batch, width, dtype=compute_dtype(gamma.dtype, x.dtype))
+def _fake_linear_scan(gamma: Tensor, x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape[0], x.shape[2], dtype=compute_dtype(gamma.dtype, x.dtype))
 
 
-@torch.library.custom_op("mmrec::linear_scan_backward", mutates_args=())
 def _linear_scan_backward(
     grad_h: Tensor,
     grad_final: Tensor,
@@ -59,8 +56,7 @@ def _linear_scan_backward(
     return scans.linear_scan_backward(grad_h, grad_final, gamma, h, initial, reset, reverse)
 
 
-@_linear_scan_backward.register_fake
-def _(
+def _fake_linear_scan_backward(
     grad_h: Tensor,
     grad_final: Tensor,
     gamma: Tensor,
@@ -77,18 +73,32 @@ def _(
     )
 
 
-def _save_linear_scan(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    gamma, _, initial, reset, ctx.reverse = inputs
-    ctx.save_for_backward(gamma, output[0], initial, reset)
+_linear_scan = ops.register("linear_scan", _linear_scan_forward, _fake_linear_scan)
+_linear_scan_gradient = ops.register("linear_scan_backward", _linear_scan_backward, _fake_linear_scan_backward)
 
 
-def _linear_scan_gradient(ctx: Any, grad_h: Tensor, grad_final: Tensor) -> tuple[Tensor | None, ...]:
-    gamma, h, initial, reset = ctx.saved_tensors
-    grad_x, grad_gamma, grad_initial = _linear_scan_backward(grad_h, grad_final, gamma, h, initial, reset, ctx.reverse)
-    return grad_gamma, grad_x, None if initial is None else grad_initial, None, None
+class _LinearScan(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, gamma: Tensor, x: Tensor, initial: Tensor | None, reset: Tensor | None, reverse: bool
+    ) -> tuple[Tensor, Tensor]:
+        with ops.below_autograd():
+            h, final = _linear_scan(gamma, x, initial, reset, reverse)
+        ctx.save_for_backward(gamma, h, initial, reset)
+        ctx.reverse = reverse
+        return h, final
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_h: Tensor, grad_final: Tensor) -> tuple[Tensor | None, ...]:
+        gamma, h, initial, reset = ctx.saved_tensors
+        grad_x, grad_gamma, grad_initial = _linear_scan_gradient(
+            grad_h, grad_final, gamma, h, initial, reset, ctx.reverse
+        )
+        return grad_gamma, grad_x, None if initial is None else grad_initial, None, None
 
 
-_linear_scan.register_autograd(_linear_scan_gradient, setup_context=_save_linear_scan)
+ops.differentiate("linear_scan", _LinearScan)
 
 
 def linear_scan(
@@ -120,18 +130,15 @@ def linear_scan(
     return _linear_scan(gamma, x, initial_state, reset, reverse)
 
 
-@torch.library.custom_op("mmrec::exponential_scan", mutates_args=())
-def _exponential_scan(gamma: Tensor, initial_log: Tensor | None) -> Tensor:
+def _exponential_scan_forward(gamma: Tensor, initial_log: Tensor | None) -> Tensor:
     scans = _implementation("associative_scan_exponential", exponential_triton, gamma, initial_log)
     return scans.exponential_scan_forward(gamma, initial_log)
 
 
-@_exponential_scan.register_fake
-def _(gamma: Tensor, initial_log: Tensor | None) -> Tensor:
+def _fake_exponential_scan(gamma: Tensor, initial_log: Tensor | None) -> Tensor:
     return gamma.new_empty(gamma.shape, dtype=compute_dtype(gamma.dtype))
 
 
-@torch.library.custom_op("mmrec::exponential_scan_backward", mutates_args=())
 def _exponential_scan_backward(
     grad_y: Tensor, gamma: Tensor, y: Tensor, initial_log: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -139,24 +146,36 @@ def _exponential_scan_backward(
     return scans.exponential_scan_backward(grad_y, gamma, y, initial_log)
 
 
-@_exponential_scan_backward.register_fake
-def _(grad_y: Tensor, gamma: Tensor, y: Tensor, initial_log: Tensor | None) -> tuple[Tensor, Tensor]:
+def _fake_exponential_scan_backward(
+    grad_y: Tensor, gamma: Tensor, y: Tensor, initial_log: Tensor | None
+) -> tuple[Tensor, Tensor]:
     dtype = y.dtype if initial_log is None else initial_log.dtype
     return gamma.new_empty(gamma.shape), y.new_empty(y.shape[0], y.shape[2], dtype=dtype)
 
 
-def _save_exponential_scan(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    gamma, initial_log = inputs
-    ctx.save_for_backward(gamma, output, initial_log)
+_exponential_scan = ops.register("exponential_scan", _exponential_scan_forward, _fake_exponential_scan)
+_exponential_scan_gradient = ops.register(
+    "exponential_scan_backward", _exponential_scan_backward, _fake_exponential_scan_backward
+)
 
 
-def _exponential_scan_gradient(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-    gamma, y, initial_log = ctx.saved_tensors
-    grad_gamma, grad_initial = _exponential_scan_backward(grad_y, gamma, y, initial_log)
-    return grad_gamma, None if initial_log is None else grad_initial
+class _ExponentialScan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gamma: Tensor, initial_log: Tensor | None) -> Tensor:
+        with ops.below_autograd():
+            y = _exponential_scan(gamma, initial_log)
+        ctx.save_for_backward(gamma, y, initial_log)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        gamma, y, initial_log = ctx.saved_tensors
+        grad_gamma, grad_initial = _exponential_scan_gradient(grad_y, gamma, y, initial_log)
+        return grad_gamma, None if initial_log is None else grad_initial
 
 
-_exponential_scan.register_autograd(_exponential_scan_gradient, setup_context=_save_exponential_scan)
+ops.differentiate("exponential_scan", _ExponentialScan)
 
 
 def associative_scan_exponential(gamma: Tensor, initial_log: Tensor | None = None) -> Tensor:

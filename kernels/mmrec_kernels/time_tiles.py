@@ -32,15 +32,16 @@ ROWS = 32  # rows whose loads are in flight together
 CACHED_BYTES = 192 * 1024  # what the tiles in flight may take of a multiprocessor's L1 cache
 
 
-def handoff_words(scans: int, length: int, states: int, device: torch.device) -> Tensor:
+def handoff_words(scans: int, length: int, states: int, device: torch.device, steps: int) -> Tensor:
     """Zeroed int32 words [scans, n] through which the tiles of a scan talk; the first 4 are for the ticket counter.
 
     Args:
         scans: How many scans they are for.
         length: Tokens.
         states: Number of states that are scanned, B · D.
+        steps: Tokens of a tile.
     """
-    tiles = triton.cdiv(length, STEPS)
+    tiles = triton.cdiv(length, steps)
     groups = triton.cdiv(tiles, GROUP)
     supergroups = triton.cdiv(groups, GROUP)
     words = 4 + (2 * tiles + 2 * groups + supergroups) * states
@@ -209,7 +210,7 @@ def launch(
     with on_device(device):
         kernel[(programs_in_cache(batch, length, width, item_bytes, device),)](
             **arguments,
-            words=handoff_words(1, length, batch * width, device),
+            words=handoff_words(1, length, batch * width, device, STEPS),
             batch=batch,
             length=length,
             WIDTH=width,

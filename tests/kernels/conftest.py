@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from mmrec_kernels import backend as backends
+from mmrec_kernels import dense_triton, headwise_triton, time_tiles
 
 
 @pytest.fixture
@@ -12,6 +13,14 @@ def device():
 
 @pytest.fixture(params=["torch", "triton"])
 def backend(request, monkeypatch):
-    """Runs the test once with each implementation."""
+    """Runs the test once with each implementation.
+
+    In the interpreter, which scans element by element, kernels get smaller tiles.
+    """
     monkeypatch.setenv(backends.VARIABLE, request.param)
+    if backends.interpreted():
+        monkeypatch.setattr(headwise_triton, "TILE", 16)
+        monkeypatch.setattr(dense_triton, "CHANNELS", 4)
+        for module in (time_tiles, dense_triton):
+            monkeypatch.setattr(module, "STEPS", 16)
     return request.param
