@@ -1,8 +1,8 @@
 """Kernels of MM-Rec: linear scans, the gated nonlinear recurrence, and the read of slot memories.
 
 Triton kernels (`*_triton.py`) and PyTorch (`*_torch.py`); MMREC_KERNELS chooses (`mmrec_kernels.backend`).
-Independent of `mmrec_train`; needs torch and triton only. `mmrec_kernels.reference` holds the plain loops that define each operation
-and that everything else is tested against.
+Independent of `mmrec_train`; needs torch and triton only. `mmrec_kernels.reference` holds the plain loops that
+define each operation and that everything else is tested against.
 """
 
 from mmrec_kernels import reference
