@@ -22,6 +22,7 @@ The change of an iteration is scanned beside the state, from the difference of t
 not be kept from one iteration to the next.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -34,7 +35,7 @@ from mmrec_kernels.handoff import take_ticket
 from mmrec_kernels.matmul import gate_weight_gradient
 from mmrec_kernels.register_tiles import last_row, scan_tile, summarize_tile
 from mmrec_kernels.scan_torch import shift_right
-from mmrec_kernels.solver import SolverSettings
+from mmrec_kernels.solver import MIN_IMPORTANCE, SolverSettings
 from mmrec_kernels.time_tiles import (
     GROUP,
     handoff_words,
@@ -49,17 +50,19 @@ PLANNED_8_BIT = 2  # how many of them have 8-bit operands
 WIDTH_8_BIT = 2048  # from this width on: below, a product costs less than rounding its operands
 HEADROOM = 16.0  # operands are scaled so that the largest input of the recurrence comes near this
 CHANNELS = 32  # of a tile, per warp
+INFINITY_BITS = tl.constexpr(0x7F800000)  # of fp32
+LEAST_WEIGHT = tl.constexpr(MIN_IMPORTANCE)
 STEPS = 64  # tokens of a tile
 
 
 @triton.jit
-def _added(source, product, unscale, offset, step, inside, keep, has_earlier, ADJOINT: tl.constexpr):
+def _added(source, product, unscale, b, offset, step, inside, keep, has_earlier, ADJOINT: tl.constexpr):
     """What each token of a tile adds to the state: z σ(a), or g of the token before plus y."""
     value = tl.zeros(offset.shape, tl.float32)
     if product is not None:
         value = tl.load(product + offset, inside, other=0.0).to(tl.float32)
         if unscale is not None:
-            value *= tl.load(unscale)
+            value *= tl.load(unscale + b)
     if ADJOINT:
         return tl.load(source + offset - step, inside & has_earlier, other=0.0).to(tl.float32) + value * keep
     else:
@@ -90,11 +93,11 @@ def _step_tile(
         keep -= tl.load(reset + first + row * direction, there, other=0)[:, None].to(tl.float32)
 
     decays = tl.load(gamma + offset, inside, other=1.0).to(tl.float32) * keep
-    x = _added(source, product, unscale, offset, D, inside, keep, has_earlier, ADJOINT)
+    x = _added(source, product, unscale, b, offset, D, inside, keep, has_earlier, ADJOINT)
     decay, state = summarize_tile(decays, x)
     publish_tile(words, states, chunk, index, mask, decay, state)
     if old_product is not None:
-        moved = x - _added(source, old_product, unscale, offset, D, inside, keep, has_earlier, ADJOINT)
+        moved = x - _added(source, old_product, unscale, b, offset, D, inside, keep, has_earlier, ADJOINT)
         decay, delta = summarize_tile(decays, moved)
         publish_tile(change_words, states, chunk, index, mask, decay, delta)
     start = tl.load(initial + index, mask, other=0.0)
@@ -106,13 +109,12 @@ def _step_tile(
         f = tl.load(factor + offset, inside, other=0.0).to(tl.float32)
     u = before * f
     if scale is not None:
-        u *= tl.load(scale)
-        if operand.dtype.element_ty == tl.float16:
-            # what fp16 cannot hold must not pass for converged
-            if tl.max(tl.max(tl.where(inside, tl.abs(u), 0.0), 0)) > 65504.0:
-                tl.atomic_max(change + b, 0x7F800000, sem="relaxed")  # infinity
-        else:
-            u = tl.clamp(u, -448.0, 448.0)
+        u *= tl.load(scale + b)
+        limit: tl.constexpr = 65504.0 if operand.dtype.element_ty == tl.float16 else 448.0
+        # what fp16 cannot hold must not pass for converged
+        if tl.max(tl.max(tl.where(inside, tl.abs(u), 0.0), 0)) > 65504.0:
+            tl.atomic_max(change + b, INFINITY_BITS, sem="relaxed")
+        u = tl.clamp(u, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
     tl.store(operand + offset, u.to(operand.dtype.element_ty), inside)
     if old_product is not None:
         tl.store(value + offset, (before if ADJOINT else after).to(value.dtype.element_ty), inside)
@@ -122,7 +124,7 @@ def _step_tile(
         start = look_back(change_words, states, chunk, chunks, index, mask, decay, delta, nothing, GROUP)
         moved_before, moved_after = scan_tile(decays, moved, start)
         if ADJOINT:  # measured in (1 − γ) λ
-            weight = 1.0 - decays
+            weight = tl.maximum(1.0 - decays, LEAST_WEIGHT)
             largest_change, largest = tl.abs(moved_before) * weight, tl.abs(before) * weight
         else:
             largest_change, largest = tl.abs(moved_after), tl.abs(after)
@@ -145,7 +147,8 @@ def _step_kernel(
     gamma, source (z, or the gradient of h), product, old_product, factor (s of the adjoint), operand and value are
     [batch, length, D]; reset [batch, length]; initial and final [batch, D] fp32; change and size [batch] int32, the
     bits of fp32 numbers. Without a product the gate is neutral (y is zero). With an old one the iteration is measured,
-    and value and final are written. scale, unscale: what operands and products are multiplied by. shift: zero, see
+    and value and final are written. scale, unscale: [batch] fp32, what operands
+    and products are multiplied by. shift: zero, see
     `register_tiles`. WHOLE: tiles fill length and D. A program takes one tile, which stays in its registers.
     """
     _step_tile(
@@ -256,10 +259,13 @@ def _refine_kernel(
 @triton.jit(do_not_specialize=["batch", "length"])
 def _finish_kernel(
     gamma, source, weight, factor, reset, initial, value, final, changes, sizes, iterations, states, meeting,
-    batch, length, tolerance, N_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr, D: tl.constexpr, HEAD: tl.constexpr,
+    batch, length, low, tolerance, N_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr, D: tl.constexpr, HEAD: tl.constexpr,
     ADJOINT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The rows that have not converged, token by token; after n iterations the first n tokens are exact.
+    """The rows that have not converged, token by token.
+
+    After n iterations the first n tokens are exact, not counting the `low` iterations with 8-bit operands; none of them
+    if an operand was too large (the change is infinite then).
 
     states: [2, D] fp32, the state before an even and an odd token.
     """
@@ -271,7 +277,9 @@ def _finish_kernel(
     meetings = 1
     for b in range(batch):
         if not _converged(changes + done * batch, sizes + done * batch, b, tolerance):
-            t = done
+            overflow = tl.load(changes + done * batch + b) == INFINITY_BITS
+            begin = tl.where(overflow, 0, tl.maximum(done - low, 0))
+            t = begin
             while t < length:
                 token = length - 1 - t if ADJOINT else t
                 keep = 1.0
@@ -288,7 +296,7 @@ def _finish_kernel(
                         at = head * HEAD + k
                         if t == 0:
                             before = tl.load(initial + b * D + at, there, other=0.0)
-                        elif t == done:
+                        elif t == begin:
                             # of the forward pass a token's value is the state after it, of the adjoint the one before
                             last = row + at if ADJOINT else row - D + at
                             before = tl.load(value + last, there, other=0.0, cache_modifier=".cg").to(tl.float32)
@@ -305,7 +313,7 @@ def _finish_kernel(
                     n = head * HEAD + inner
                     if t == 0:
                         before_n = tl.load(initial + b * D + n, mine, other=0.0)
-                    elif t == done:
+                    elif t == begin:
                         last_n = row + n if ADJOINT else row - D + n
                         before_n = tl.load(value + last_n, mine, other=0.0, cache_modifier=".cg").to(tl.float32)
                     else:
@@ -325,13 +333,13 @@ def _finish_kernel(
 
 
 @triton.jit
-def _slope_kernel(z, logits, unscale, slope, count, BLOCK: tl.constexpr):
-    """s = z σ′(a), elementwise over `count` elements; a is the logits times `unscale`, if there is one."""
+def _slope_kernel(z, logits, unscale, slope, count, row_size, BLOCK: tl.constexpr):
+    """s = z σ′(a), elementwise over `count` elements; a is the logits times `unscale` of the row, if there is one."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
     a = tl.load(logits + at, inside, other=0.0)
     if unscale is not None:
-        a *= tl.load(unscale)
+        a *= tl.load(unscale + at // row_size, inside, other=0.0)
     gate = tl.sigmoid(a)
     value = tl.load(z + at, inside, other=0.0).to(tl.float32) * gate * (1.0 - gate)
     tl.store(slope + at, value.to(slope.dtype.element_ty), inside)
@@ -339,7 +347,18 @@ def _slope_kernel(z, logits, unscale, slope, count, BLOCK: tl.constexpr):
 
 @triton.jit
 def _gradient_kernel(
-    adjoint, z, logits, unscale, before, grad_z, grad_gamma, grad_gate, reset, D: tl.constexpr, BLOCK: tl.constexpr
+    adjoint,
+    z,
+    logits,
+    unscale,
+    before,
+    grad_z,
+    grad_gamma,
+    grad_gate,
+    reset,
+    length,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Gradients of one token [D]: z's λ σ(a), γ's λ h_{t−1}, the logits' λ s; the last two are zero at a reset."""
     row = tl.program_id(0).to(tl.int64)
@@ -353,7 +372,7 @@ def _gradient_kernel(
         value = tl.load(adjoint + at, inside, other=0.0)
         a = tl.load(logits + at, inside, other=0.0)
         if unscale is not None:
-            a *= tl.load(unscale)
+            a *= tl.load(unscale + row // length)
         gate = tl.sigmoid(a)
         slope = tl.load(z + at, inside, other=0.0).to(tl.float32) * gate * (1.0 - gate)
         h = tl.load(before + at, inside, other=0.0).to(tl.float32)
@@ -400,37 +419,40 @@ def _multiply(operand: Tensor, matrix: Tensor, out: Tensor) -> Tensor:
 
 
 def _largest(x: Tensor) -> Tensor:
-    """Largest absolute value of the rows [B, ...] that are finite, fp32, positive."""
-    rows = torch.linalg.vector_norm(x.flatten(1), float("inf"), dim=1, dtype=torch.float32)
-    return rows.nan_to_num(0.0, 0.0, 0.0).amax().clamp_min(torch.finfo(torch.float32).tiny)
+    """Largest absolute value of each row of x [B, ...]: [B] fp32."""
+    return torch.linalg.vector_norm(x.flatten(1), float("inf"), dim=1, dtype=torch.float32)
 
 
-def _scale(x: Tensor) -> Tensor:
-    """The power of two that brings the largest value of x near `HEADROOM`: fp16 then holds 4000 times as much."""
-    return torch.exp2(torch.floor(torch.log2(HEADROOM / _largest(x))))
+def _scale(*parts: Tensor) -> Tensor:
+    """Powers of two [B], fp32, that bring each row's largest value near `HEADROOM`: fp16 holds 4000 times as much."""
+    largest = torch.stack([_largest(x) for x in parts]).amax(0)
+    exponent = torch.floor(math.log2(HEADROOM) - torch.log2(largest.nan_to_num(0.0, 0.0, 0.0)))
+    return torch.exp2(exponent.clamp(-100.0, 100.0))
 
 
 class _Operands:
     """Operands of the products, and the products.
 
-    With W in 16 bit, operands are scaled by the power of two that brings the recurrence's largest input near
+    With W in 16 bit, operands are scaled, by row, by the power of two that brings the recurrence's largest input near
     `HEADROOM`, and are fp16, or e4m3 for the first `low` products. Scales stay on the device. fp32 operands are taken
     as they are.
     """
 
-    def __init__(self, problem: _Problem, planned: int):
+    def __init__(self, problem: _Problem, planned: int, limit: int):
         source, matrix = problem.source, problem.matrix
         device = source.device
         half = matrix.dtype != torch.float32
         self.matrix = matrix.to(torch.float16) if half else matrix
-        self.scale = _scale(source) if half else None
+        self.scale = _scale(source, problem.initial) if half else None
         self.unscale = 1 / self.scale if self.scale is not None else None
         self.operand = torch.empty(source.shape, dtype=self.matrix.dtype, device=device)
-        self.low = min(PLANNED_8_BIT, planned - 2) if planned > 2 and _has_8_bit_products(problem) else 0
-        if self.low and self.unscale is not None:
-            matrix_scale = torch.finfo(torch.float8_e4m3fn).max / _largest(matrix)
+        # as many iterations as tokens make all of them exact, but not with 8 bits
+        enough = planned > 2 and limit < source.shape[1]
+        self.low = min(PLANNED_8_BIT, planned - 2) if enough and _has_8_bit_products(problem) else 0
+        if self.low:
+            matrix_scale = torch.finfo(torch.float8_e4m3fn).max / _largest(matrix).clamp_min(1e-30)
             self.low_matrix = (matrix[0] * matrix_scale).to(torch.float8_e4m3fn).contiguous()
-            self.low_scales = self.unscale, 1 / matrix_scale
+            self.low_scales = torch.ones_like(matrix_scale[0]), 1 / matrix_scale[0]
             self.low_operand = torch.empty(source.shape, dtype=torch.float8_e4m3fn, device=device)
             self.low_product = torch.empty(source.shape, dtype=torch.bfloat16, device=device)
 
@@ -444,7 +466,7 @@ class _Operands:
             return _multiply(self.operand, self.matrix, out), self.unscale
         flat, result = self.low_operand.flatten(0, 1), self.low_product
         torch._scaled_mm(flat, self.low_matrix.T, *self.low_scales, out_dtype=result.dtype, out=result.flatten(0, 1))
-        return result, None
+        return result, self.unscale
 
 
 def _has_8_bit_products(problem: _Problem) -> bool:
@@ -461,7 +483,7 @@ def _solve(problem: _Problem, settings: SolverSettings) -> tuple[Tensor, Tensor]
     device = source.device
     limit = 0 if settings.solver == "sequential" else min(settings.max_iterations, length)
     planned = min(PLANNED.get(problem.weight.dtype, 5), limit)
-    operands = _Operands(problem, planned)
+    operands = _Operands(problem, planned, limit)
 
     products = torch.empty(2, batch, length, width, dtype=torch.float32, device=device)
     # bits of fp32; a row that nothing is known about has not converged
@@ -514,7 +536,7 @@ def _solve(problem: _Problem, settings: SolverSettings) -> tuple[Tensor, Tensor]
     n_stride, k_stride = problem.matrix.stride()[1:]
     _finish_kernel[(programs,)](
         **common, **together,
-        weight=problem.weight, N_STRIDE=n_stride, K_STRIDE=k_stride, meeting=counters[1],
+        weight=problem.weight, N_STRIDE=n_stride, K_STRIDE=k_stride, meeting=counters[1], low=operands.low,
         states=torch.empty(2, width, dtype=torch.float32, device=device), BLOCK_N=16, BLOCK_K=256,
     )  # fmt: skip
     last = iterations.long()
@@ -538,7 +560,7 @@ def _logits(before: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
     if weight.dtype == torch.float32:
         return _multiply(before.float(), matrix, out), None
     scale = _scale(before)
-    return _multiply((before * scale).to(torch.float16), matrix.to(torch.float16), out), 1 / scale
+    return _multiply((before * scale.view(-1, 1, 1)).to(torch.float16), matrix.to(torch.float16), out), 1 / scale
 
 
 def forward(
@@ -573,15 +595,26 @@ def backward(
             before.masked_fill_(reset.unsqueeze(-1), 0.0)
         logits, unscale = _logits(before, weight)
         slope = torch.empty(z.shape, dtype=weight.dtype, device=z.device)
-        _slope_kernel[(triton.cdiv(z.numel(), 2048),)](z, logits, unscale, slope, z.numel(), BLOCK=2048)
+        _slope_kernel[(triton.cdiv(z.numel(), 2048),)](z, logits, unscale, slope, z.numel(), z[0].numel(), BLOCK=2048)
         adjoint = torch.empty(z.shape, dtype=torch.float32, device=z.device)
         grad_initial = torch.empty(initial.shape, dtype=torch.float32, device=z.device)
-        last = grad_h[:, -1].float() + grad_final
+        last = (grad_h[:, -1].float() + grad_final).contiguous()
         problem = _Problem(gamma, grad_h.contiguous(), weight, slope, reset, last, adjoint, grad_initial, True)
         _solve(problem, settings)
         grad_z, grad_gamma = torch.empty_like(z), torch.empty_like(gamma)
         grad_gate = slope  # no longer needed
         _gradient_kernel[(z.shape[0] * z.shape[1],)](
-            adjoint, z, logits, unscale, before, grad_z, grad_gamma, grad_gate, reset, D=z.shape[2], BLOCK=1024
+            adjoint,
+            z,
+            logits,
+            unscale,
+            before,
+            grad_z,
+            grad_gamma,
+            grad_gate,
+            reset,
+            z.shape[1],
+            D=z.shape[2],
+            BLOCK=1024,
         )
     return grad_z, grad_gamma, gate_weight_gradient(grad_gate, before, weight), grad_initial.to(initial.dtype)

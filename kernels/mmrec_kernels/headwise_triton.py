@@ -12,8 +12,8 @@ same time:
                     \\    \\    \\    \\
     tile 2:          n=0  n=1  n=2  n=3  n=4 done
 
-A tile is done when the tile before it is and its own change is within the tolerance. Past `pipelined` iterations a tile
-waits until the one before it is done. From then on every iteration makes one more of its tokens exact, so that after
+A tile is done when the tile before it is and its own change is within the tolerance. Past `max_iterations` a tile waits
+until the one before it is done. From then on every iteration makes one more of its tokens exact, so that after
 TILE + 1 of them the tile is exact: what does not contract is finished tile by tile.
 
 Both directions are one scan of the same form; "before" and "after" a token are in the order of the scan:
@@ -33,11 +33,13 @@ from mmrec_kernels.handoff import publish, take_ticket, wait_for
 from mmrec_kernels.matmul import gate_weight_gradient
 from mmrec_kernels.register_tiles import scan_tile
 from mmrec_kernels.scan_torch import shift_right
-from mmrec_kernels.solver import SolverSettings
+from mmrec_kernels.solver import MIN_IMPORTANCE, SolverSettings
+from mmrec_kernels.time_tiles import on_device
 
 TILE = 64
-PIPELINED = 16  # iterations in which a tile does not wait for the one before it to be done; each has its own carries
+PIPELINED = 32  # iterations at most before tiles wait for each other: every one has carries of its own
 
+LEAST_WEIGHT = tl.constexpr(MIN_IMPORTANCE)
 DONE = tl.constexpr(1 << 20)  # flag of a tile that is done, plus the number of its carries; before: that number
 
 
@@ -58,7 +60,7 @@ def _solve_kernel(
     z_ptr, gamma_ptr, weight_ptr, initial_ptr, reset_ptr, h_ptr, grad_ptr, carry_in_ptr,
     final_ptr, grad_z_ptr, grad_gamma_ptr, grad_gate_ptr,
     carry_ptr, scale_ptr, flags_ptr, iterations_ptr, residual_ptr,
-    rows, length, tolerance, pipelined, shift,
+    rows, length, tolerance, max_iterations, shift,
     H: tl.constexpr, d: tl.constexpr, TILE: tl.constexpr, RESETS: tl.constexpr, ADJOINT: tl.constexpr,
     WHOLE: tl.constexpr,
 ):  # fmt: skip
@@ -68,7 +70,8 @@ def _solve_kernel(
     reset [rows, length]. Of the forward pass h and final are outputs, carry_in is the initial state. Of the adjoint h
     is an input, carry_in the adjoint of the last token, final the gradient of the initial state; until its end the
     tile keeps s in grad_gate.
-    carry: [pipelined + 1, tiles, d] and scale [pipelined + 1, tiles], fp32, what tiles hand on in each iteration.
+    carry: [max_iterations + 2, tiles, d] and scale [max_iterations + 2, tiles], fp32, what tiles hand on in each
+    iteration.
     flags: [1 + tiles] int32, zero: the ticket counter and the tiles' flags. shift: 0, which the compiler must not
     know: of aligned rows it would load several channels a thread at once, and then scan in that layout, across threads.
     """
@@ -125,7 +128,7 @@ def _solve_kernel(
             final = True
         else:
             previous = ticket - rows * H
-            flag = wait_for(flags_ptr + 1 + previous, tl.where(n < pipelined, n + 1, DONE))
+            flag = wait_for(flags_ptr + 1 + previous, tl.where(n <= max_iterations, n + 1, DONE))
             last = tl.where(flag >= DONE, flag - DONE - 1, DONE)
             final = last <= n
             slot = tl.minimum(last, n).to(tl.int64) * tiles + previous
@@ -134,7 +137,7 @@ def _solve_kernel(
         if ADJOINT:
             grad_before = tl.load(grad_ptr + offset - H * d, mask=inside & ~earliest, other=0.0).to(tl.float32)
             before, after = scan_tile(gamma, product * keep + grad_before, carry)
-            new = (1.0 - gamma) * before
+            new = tl.maximum(1.0 - gamma, LEAST_WEIGHT) * before
         else:
             z = tl.load(z_ptr + offset, mask=inside, other=0.0).to(tl.float32)
             before, after = scan_tile(gamma, z * tl.sigmoid(product), carry)
@@ -146,12 +149,12 @@ def _solve_kernel(
         value = new
         exact = tl.where(final, exact + 1, exact)
         relative_change = change / tl.maximum(scale, 1e-37)
-        if n <= pipelined:
+        if n <= max_iterations:
             residual = relative_change
         # NaN compares false: it ends the iteration, but not token by token (tolerance < 0)
         done = final & (((tolerance >= 0.0) & (not (relative_change > tolerance))) | (exact > TILE))
-        if done | (n < pipelined):
-            mine = tl.minimum(n, pipelined)
+        if done | (n <= max_iterations):
+            mine = tl.minimum(n, max_iterations + 1)
             slot = mine.to(tl.int64) * tiles + ticket
             tl.store(carry_ptr + slot * d + channel, carry_out)
             tl.store(scale_ptr + slot, scale)
@@ -161,7 +164,11 @@ def _solve_kernel(
             # A 16-bit operand would move the states by 1e-3 of the largest one, and the iteration would not settle
             # within less: its rounding error is multiplied as well
             left = before * factor
-            rounded = left.to(weight.dtype)
+            if weight.dtype == tl.float16:  # the sum of two reaches 1.3e5; a gate saturates there
+                left = tl.clamp(left, -131008.0, 131008.0, propagate_nan=tl.PropagateNan.ALL)
+                rounded = tl.clamp(left, -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL).to(weight.dtype)
+            else:
+                rounded = left.to(weight.dtype)
             product = tl.dot(rounded, operand, input_precision="tf32x3")
             if weight.dtype != tl.float32:
                 product = tl.dot((left - rounded.to(tl.float32)).to(weight.dtype), operand, product)
@@ -198,7 +205,7 @@ def _solve(
     steps = triton.cdiv(length, TILE)
     tiles = steps * batch * heads
     sequential = settings.solver == "sequential"
-    pipelined = 0 if sequential else min(settings.max_iterations, PIPELINED)
+    max_iterations = -1 if sequential else min(settings.max_iterations, PIPELINED)
     empty = z.new_empty
     flags = torch.zeros(1 + tiles, dtype=torch.int32, device=z.device)
     iterations = empty((steps, batch, heads), dtype=torch.int32)
@@ -207,17 +214,17 @@ def _solve(
     _solve_kernel[(tiles,)](
         **(unused | arguments),
         z_ptr=z, weight_ptr=weight,
-        carry_ptr=empty((pipelined + 1, tiles, width), dtype=torch.float32),
-        scale_ptr=empty((pipelined + 1, tiles), dtype=torch.float32),
+        carry_ptr=empty((max_iterations + 2, tiles, width), dtype=torch.float32),
+        scale_ptr=empty((max_iterations + 2, tiles), dtype=torch.float32),
         flags_ptr=flags, iterations_ptr=iterations, residual_ptr=residual,
-        rows=batch, length=length, pipelined=pipelined, shift=0,
+        rows=batch, length=length, max_iterations=max_iterations, shift=0,
         tolerance=-1.0 if sequential else settings.tolerance,
         H=heads, d=width, TILE=TILE, WHOLE=length % TILE == 0, RESETS=arguments["reset_ptr"] is not None,
         ADJOINT=adjoint, num_warps=4,
     )  # fmt: skip
     if sequential:
         return torch.zeros_like(iterations[0, :, 0]), torch.zeros_like(residual[0, :, 0])
-    return iterations.amax((0, 2)), residual.amax((0, 2))
+    return iterations.amax((0, 2)).clamp_max(max_iterations), residual.amax((0, 2))
 
 
 def forward(
@@ -226,11 +233,12 @@ def forward(
     """h, final state, iterations and residual; see `mmrec_kernels.gated_recurrence`."""
     z, gamma = z.contiguous(), gamma.contiguous()
     h = torch.empty_like(z)
-    final = torch.empty_like(initial, dtype=torch.float32)
+    final = torch.empty(initial.shape, dtype=torch.float32, device=z.device)
     arguments = dict(
         gamma_ptr=gamma, reset_ptr=reset, carry_in_ptr=initial.float().contiguous(), h_ptr=h, final_ptr=final
     )
-    report = _solve(arguments, z, weight.contiguous(), False, settings)
+    with on_device(z.device):
+        report = _solve(arguments, z, weight.contiguous(), False, settings)
     return h, final, *report
 
 
@@ -252,10 +260,11 @@ def backward(
     grad_gate = torch.empty_like(z, dtype=weight.dtype)
     grad_initial = torch.empty_like(initial)
     arguments = dict(
-        gamma_ptr=gamma, reset_ptr=reset, carry_in_ptr=grad_h[:, -1].float() + grad_final, h_ptr=h,
+        gamma_ptr=gamma, reset_ptr=reset, carry_in_ptr=(grad_h[:, -1].float() + grad_final).contiguous(), h_ptr=h,
         grad_ptr=grad_h.contiguous(), initial_ptr=initial, final_ptr=grad_initial,
         grad_z_ptr=grad_z, grad_gamma_ptr=grad_gamma, grad_gate_ptr=grad_gate,
     )  # fmt: skip
-    _solve(arguments, z, weight, True, settings)
+    with on_device(z.device):
+        _solve(arguments, z, weight, True, settings)
     before = shift_right(h, initial.to(h.dtype))
     return grad_z, grad_gamma, gate_weight_gradient(grad_gate, before, weight), grad_initial

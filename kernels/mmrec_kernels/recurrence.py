@@ -28,9 +28,10 @@ class GatedRecurrence(NamedTuple):
     Attributes:
         h: States [B, T, D] in z's dtype.
         final_state: State after the last token [B, D], fp32 (fp64 for fp64 inputs).
-        iterations: Picard iterations of each row [B], int32; 0 where the row was computed sequentially.
-        residual: Largest change of the row's last iteration relative to its largest state [B], fp32. Above the
-            tolerance it means that the exact finish ran.
+        iterations: Picard iterations of each row [B], int32; 0 where the row was computed token by token. The dense
+            kernel iterates all rows until the last one has converged.
+        residual: Largest change of the row's last iteration relative to its largest state [B], fp32 (headwise kernel:
+            to the largest state of the head so far). Above the tolerance it means that the exact finish ran.
     """
 
     h: Tensor
@@ -143,10 +144,10 @@ def gated_recurrence(
         initial_state: h before the first token [B, D]; zeros if None.
         reset: [B, T] bool; where set, h_{t−1} counts as zero in the gate as well as in the decay.
         solver: "picard" (the parallel iteration and its exact finish), "sequential" (token by token) or "auto"
-            (sequential for a single token, Picard otherwise).
+            (whichever is faster).
         tol: Largest change of an iteration relative to the row's largest state at which the row is done;
             None for `default_tolerance(weight.dtype)`.
-        max_iterations: Iterations before the exact sequential finish.
+        max_iterations: Iterations before the exact sequential finish; the headwise kernel makes at most 32.
 
     Returns:
         `GatedRecurrence`; differentiable in z, gamma, weight and initial_state, also through final_state.

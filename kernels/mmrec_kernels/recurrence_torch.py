@@ -14,7 +14,7 @@ from torch import Tensor
 from mmrec_kernels.checks import compute_dtype
 from mmrec_kernels.matmul import gate_product, gate_weight_gradient
 from mmrec_kernels.scan_torch import BlockedScan, shift_left, shift_right
-from mmrec_kernels.solver import SolverSettings
+from mmrec_kernels.solver import MIN_IMPORTANCE, SolverSettings
 
 
 class _Solution(NamedTuple):
@@ -209,5 +209,5 @@ def _solve_adjoint(
         )
         return steps(adjoint, rows, first)
 
-    importance = (1 - gamma).flip(1)
+    importance = (1 - gamma).clamp_min(MIN_IMPORTANCE).flip(1)
     return _picard(scan(source, start), update, finish, importance, settings).value.flip(1)

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 
+MIN_IMPORTANCE = 2.0**-10  # of 1 − γ, in which the change of an adjoint is measured: γ may round to 1
 SOLVERS = ("auto", "picard", "sequential")
 
 

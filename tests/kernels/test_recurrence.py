@@ -333,3 +333,35 @@ def test_bad_arguments_are_refused(change, message):
     arguments = dict(z=torch.ones(1, 4, 4), gamma=torch.ones(1, 4, 4), weight=torch.eye(4)) | change
     with pytest.raises(ValueError, match=message):
         gated_recurrence(**arguments)
+
+
+@pytest.mark.parametrize("heads", [None, 2])
+def test_16_bit_gates_of_nothing_and_of_large_states(heads, backend, device):
+    """The scales of 16-bit operands: rows of zeros, a state far above the inputs, rows of very different size."""
+    z, gamma, weight, initial, _ = problem(3, 20, 32, heads, seed=21)
+    z[0], initial[0] = 0.0, 0.0
+    z[1] *= 1e-3
+    initial[1] *= 1e4
+    z[2] *= 1e6 if heads is None else 1e3  # the kernel on the chip does not scale: fp16 ends at 1.3e5
+    gamma = gamma.clamp(0.9, 0.999)
+    weight = weight.half().double()
+    inputs = cast([z, gamma, weight, initial], device, *[torch.float32] * 2, torch.float16, torch.float32)
+    result = gated_recurrence(*inputs)
+    expected, final = reference.gated_recurrence(z, gamma, weight, initial)
+    assert torch.equal(result.h[0].cpu(), torch.zeros(20, 32))
+    for b in (1, 2):
+        assert relative_error(result.h[b], expected[b]) < 2e-3
+        assert relative_error(result.final_state[b], final[b]) < 2e-3
+
+
+@pytest.mark.parametrize("heads", [None, 2])
+def test_16_bit_gradients_through_the_final_state_only(heads, backend, device):
+    *inputs, _ = problem(2, 20, 32, heads, seed=22)
+    inputs[2] = inputs[2].half().double()
+    leaves = cast(inputs, device, *[torch.float32] * 2, torch.float16, torch.float32)
+    leaves = [t.requires_grad_() for t in leaves]
+    actual = torch.autograd.grad(gated_recurrence(*leaves).final_state.sum(), leaves)
+    plain = [t.detach().requires_grad_() for t in inputs]
+    expected = torch.autograd.grad(reference.gated_recurrence(*plain)[1].sum(), plain)
+    for a, e in zip(actual, expected, strict=True):
+        assert relative_error(a, e) < 5e-3
