@@ -1,0 +1,348 @@
+"""The kernels of the recurrence whose gate mixes all channels; `dense_triton` says how they work together.
+
+Both directions are one scan of the same form; "before" and "after" a token are in the order of the scan:
+
+    forward:  h_t     = γ_t h_{t−1} + z_t σ(a_t),     a_t = W h_{t−1}
+    adjoint:  λ_{t−1} = γ_t λ_t + (g_{t−1} + y_t),    y_t = Wᵀ(s_t λ_t),  s_t = z_t σ′(a_t)
+
+The change of an iteration is scanned beside the state, from the difference of the two products, so that states need
+not be kept from one iteration to the next.
+"""
+
+import triton
+import triton.language as tl
+
+from mmrec_kernels.handoff import take_ticket
+from mmrec_kernels.register_tiles import last_row, scan_tile, summarize_tile
+from mmrec_kernels.solver import MIN_IMPORTANCE
+from mmrec_kernels.time_tiles import look_back, publish_tile, tile_of_ticket
+
+INFINITY_BITS = tl.constexpr(0x7F800000)  # of fp32
+LEAST_WEIGHT = tl.constexpr(MIN_IMPORTANCE)
+
+
+@triton.jit
+def _added(source, product, unscale, b, offset, step, inside, keep, has_earlier, ADJOINT: tl.constexpr):
+    """What each token of a tile adds to the state: z σ(a), or g of the token before plus y."""
+    value = tl.zeros(offset.shape, tl.float32)
+    if product is not None:
+        value = tl.load(product + offset, inside, other=0.0).to(tl.float32)
+        if unscale is not None:
+            value *= tl.load(unscale + b)
+    if ADJOINT:
+        return tl.load(source + offset - step, inside & has_earlier, other=0.0).to(tl.float32) + value * keep
+    else:
+        return tl.load(source + offset, inside, other=0.0).to(tl.float32) * tl.sigmoid(value)
+
+
+@triton.jit
+def _step_tile(
+    gamma, source, product, old_product, unscale, factor, reset, initial, scale, operand, value, final, change,
+    size, words, change_words, ticket, batch, length, shift,
+    D: tl.constexpr, ADJOINT: tl.constexpr, WHOLE: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr,
+    GROUP: tl.constexpr,
+):  # fmt: skip
+    """One tile [STEPS, BLOCK_D] of one iteration; see `step_kernel`. The rows are in the order of the scan."""
+    chunk, b, channel, mask = tile_of_ticket(ticket, batch, D, BLOCK_D)
+    chunks = tl.cdiv(length, STEPS)
+    states = batch.to(tl.int64) * D
+    index = b * D + channel
+    row = tl.arange(0, STEPS)
+    direction: tl.constexpr = -1 if ADJOINT else 1
+    first = b * length + (length - 1 - chunk * STEPS if ADJOINT else chunk * STEPS)
+    offset = (first * D + channel + shift)[None, :] + (row * (direction * D)).to(tl.int64)[:, None]
+    inside = tl.full((STEPS, 1), True, tl.int1) if WHOLE else (chunk * STEPS + row < length)[:, None] & mask[None, :]
+    has_earlier = (chunk * STEPS + row < length - 1)[:, None]
+    keep = tl.full((STEPS, 1), 1.0, tl.float32)
+    if reset is not None:
+        there = chunk * STEPS + row < length
+        keep -= tl.load(reset + first + row * direction, there, other=0)[:, None].to(tl.float32)
+
+    decays = tl.load(gamma + offset, inside, other=1.0).to(tl.float32) * keep
+    x = _added(source, product, unscale, b, offset, D, inside, keep, has_earlier, ADJOINT)
+    decay, state = summarize_tile(decays, x)
+    publish_tile(words, states, chunk, index, mask, decay, state)
+    if old_product is not None:
+        moved = x - _added(source, old_product, unscale, b, offset, D, inside, keep, has_earlier, ADJOINT)
+        decay, delta = summarize_tile(decays, moved)
+        publish_tile(change_words, states, chunk, index, mask, decay, delta)
+    start = tl.load(initial + index, mask, other=0.0)
+    start = look_back(words, states, chunk, chunks, index, mask, decay, state, start, GROUP)
+    before, after = scan_tile(decays, x, start)
+
+    f = keep
+    if factor is not None:
+        f = tl.load(factor + offset, inside, other=0.0).to(tl.float32)
+    u = before * f
+    if scale is not None:
+        u *= tl.load(scale + b)
+        limit: tl.constexpr = 65504.0 if operand.dtype.element_ty == tl.float16 else 448.0
+        # what fp16 cannot hold must not pass for converged
+        if tl.max(tl.max(tl.where(inside, tl.abs(u), 0.0), 0)) > 65504.0:
+            tl.atomic_max(change + b, INFINITY_BITS, sem="relaxed")
+        u = tl.clamp(u, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(operand + offset, u.to(operand.dtype.element_ty), inside)
+    if old_product is not None:
+        tl.store(value + offset, (before if ADJOINT else after).to(value.dtype.element_ty), inside)
+        if chunk == chunks - 1:
+            tl.store(final + index, last_row(after), mask)
+        nothing = tl.zeros((BLOCK_D,), tl.float32)
+        start = look_back(change_words, states, chunk, chunks, index, mask, decay, delta, nothing, GROUP)
+        moved_before, moved_after = scan_tile(decays, moved, start)
+        if ADJOINT:  # measured in (1 − γ) λ
+            weight = tl.maximum(1.0 - decays, LEAST_WEIGHT)
+            largest_change, largest = tl.abs(moved_before) * weight, tl.abs(before) * weight
+        else:
+            largest_change, largest = tl.abs(moved_after), tl.abs(after)
+        # numbers that are not negative are ordered like their bits
+        most = tl.max(tl.max(tl.where(inside, largest_change, 0.0), 0))
+        tl.atomic_max(change + b, most.to(tl.int32, bitcast=True), sem="relaxed")
+        most = tl.max(tl.max(tl.where(inside, largest, 0.0), 0))
+        tl.atomic_max(size + b, most.to(tl.int32, bitcast=True), sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["batch", "length", "shift"])
+def step_kernel(
+    gamma, source, product, old_product, unscale, factor, reset, initial, scale, operand, value, final, change,
+    size, words, change_words, batch, length, shift,
+    D: tl.constexpr, ADJOINT: tl.constexpr, WHOLE: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr,
+    GROUP: tl.constexpr,
+):  # fmt: skip
+    """One iteration: scans with the gates of a product, and writes the operand of the next product.
+
+    gamma, source (z, or the gradient of h), product, old_product, factor (s of the adjoint), operand and value are
+    [batch, length, D]; reset [batch, length]; initial and final [batch, D] fp32; change and size [batch] int32, the
+    bits of fp32 numbers. Without a product the gate is neutral (y is zero). With an old one the iteration is measured,
+    and value and final are written. scale, unscale: [batch] fp32, what operands
+    and products are multiplied by. shift: zero, see
+    `register_tiles`. WHOLE: tiles fill length and D. A program takes one tile, which stays in its registers.
+    """
+    _step_tile(
+        gamma, source, product, old_product, unscale, factor, reset, initial, scale, operand, value, final, change,
+        size, words + 4, change_words + 4, take_ticket(words), batch, length, shift,
+        D, ADJOINT, WHOLE, BLOCK_D, STEPS, GROUP,
+    )  # fmt: skip
+
+
+@triton.jit
+def _meet(counter, meetings):
+    """All programs wait here for each other, for the time number `meetings`; returns the next number."""
+    tl.debug_barrier()
+    tl.atomic_add(counter, 1, sem="acq_rel")
+    seen = tl.atomic_add(counter, 0, sem="acquire")
+    while seen < meetings * tl.num_programs(0):
+        seen = tl.atomic_add(counter, 0, sem="acquire")
+    tl.debug_barrier()
+    return meetings + 1
+
+
+@triton.jit
+def _converged(change, size, b, tolerance):
+    moved = tl.load(change + b, cache_modifier=".cg").to(tl.float32, bitcast=True)
+    largest = tl.load(size + b, cache_modifier=".cg").to(tl.float32, bitcast=True)
+    return not (moved / tl.maximum(largest, 1e-37) > tolerance)
+
+
+@triton.jit
+def _all_converged(change, size, batch, tolerance):
+    converged = True
+    for b in range(batch):
+        converged = converged & _converged(change, size, b, tolerance)
+    return converged
+
+
+@triton.jit
+def _product_tile(
+    operand, matrix, product, m_block, n_block, tokens, N_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr,
+    D: tl.constexpr, HEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """product[m, n] = Σ_k matrix[n, k] operand[m, k], k over the head that n belongs to."""
+    per_head: tl.constexpr = (HEAD + BLOCK_N - 1) // BLOCK_N
+    head = n_block // per_head
+    n = n_block % per_head * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = m_block * BLOCK_M + tl.arange(0, BLOCK_M)
+    k = tl.arange(0, BLOCK_K)
+    left = operand + m.to(tl.int64)[:, None] * D + head * HEAD + k[None, :]
+    right = matrix + head * HEAD * HEAD + k[:, None] * K_STRIDE + n[None, :] * N_STRIDE
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, HEAD, BLOCK_K):
+        there = k < HEAD - start
+        a = tl.load(left + start, mask=(m < tokens)[:, None] & there[None, :], other=0.0, cache_modifier=".cg")
+        w = tl.load(right + start * K_STRIDE, mask=there[:, None] & (n < HEAD)[None, :], other=0.0)
+        total = tl.dot(a, w, total, input_precision="tf32x3")
+    at = product + m.to(tl.int64)[:, None] * D + head * HEAD + n[None, :]
+    tl.store(at, total.to(product.dtype.element_ty), mask=(m < tokens)[:, None] & (n < HEAD)[None, :])
+
+
+@triton.jit(do_not_specialize=["batch", "length", "shift"])
+def refine_kernel(
+    gamma, source, products, unscale, matrix, factor, reset, initial, scale, operand, value, final, changes, sizes,
+    iterations, words, change_words, word_count, meeting, batch, length, shift, tolerance, planned, max_iterations,
+    N_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr, D: tl.constexpr, HEAD: tl.constexpr, ADJOINT: tl.constexpr,
+    WHOLE: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Goes on iterating until every row has converged or the iterations are spent. All programs run at once.
+
+    products: [2, batch, length, D]; the one of iteration n is at n mod 2. changes, sizes: [max_iterations + 1, batch],
+    of each iteration. words: zero when an iteration begins.
+    """
+    program = tl.program_id(0)
+    programs = tl.num_programs(0)
+    tokens = batch * length
+    elements = tokens.to(tl.int64) * D
+    m_blocks = tl.cdiv(tokens, BLOCK_M)
+    n_blocks: tl.constexpr = (D // HEAD) * ((HEAD + BLOCK_N - 1) // BLOCK_N)
+    tiles = tl.cdiv(length, STEPS) * batch * ((D + BLOCK_D - 1) // BLOCK_D)
+    iteration = planned
+    meetings = 1
+    while (iteration < max_iterations) & (
+        not _all_converged(changes + iteration * batch, sizes + iteration * batch, batch, tolerance)
+    ):
+        iteration += 1
+        new = products + (iteration % 2) * elements
+        old = products + ((iteration + 1) % 2) * elements
+        for tile in range(program, m_blocks * n_blocks, programs):
+            _product_tile(
+                operand, matrix, new, tile // n_blocks, tile % n_blocks, tokens, N_STRIDE, K_STRIDE,
+                D, HEAD, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+        meetings = _meet(meeting, meetings)
+        for tile in range(program, tiles, programs):
+            _step_tile(
+                gamma, source, new, old, unscale, factor, reset, initial, scale, operand, value, final,
+                changes + iteration * batch, sizes + iteration * batch, words + 4, change_words + 4,
+                tile, batch, length, shift, D, ADJOINT, WHOLE, BLOCK_D, STEPS, GROUP,
+            )  # fmt: skip
+        meetings = _meet(meeting, meetings)
+        for start in range(program * 1024, word_count, programs * 1024):
+            at = start + tl.arange(0, 1024)
+            tl.store(words + at, 0, at < word_count)
+            tl.store(change_words + at, 0, at < word_count)
+    tl.store(iterations, iteration, mask=program == 0)
+
+
+@triton.jit
+def _before_token(initial, value, states, row, at, inside, b, t, begin, D: tl.constexpr, ADJOINT: tl.constexpr):
+    """The state before token t at some channels, fp32: the given one, that of the iterations, or of the last token."""
+    if t == 0:
+        before = tl.load(initial + b * D + at, inside, other=0.0)
+    elif t == begin:
+        # of the forward pass a token's value is the state after it, of the adjoint the one before
+        place = row + at if ADJOINT else row - D + at
+        before = tl.load(value + place, inside, other=0.0, cache_modifier=".cg").to(tl.float32)
+    else:
+        before = tl.load(states + t % 2 * D + at, inside, other=0.0, cache_modifier=".cg")
+    return before
+
+
+@triton.jit(do_not_specialize=["batch", "length"])
+def finish_kernel(
+    gamma, source, weight, factor, reset, initial, value, final, changes, sizes, iterations, states, meeting,
+    batch, length, low, tolerance, N_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr, D: tl.constexpr, HEAD: tl.constexpr,
+    ADJOINT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The rows that have not converged, token by token.
+
+    After n iterations the first n tokens are exact, not counting the `low` iterations with 8-bit operands; none of them
+    if an operand was too large (the change is infinite then).
+
+    states: [2, D] fp32, the state before an even and an odd token.
+    """
+    program = tl.program_id(0)
+    programs = tl.num_programs(0)
+    done = tl.load(iterations)
+    per_head: tl.constexpr = (HEAD + BLOCK_N - 1) // BLOCK_N
+    n_blocks: tl.constexpr = (D // HEAD) * per_head
+    meetings = 1
+    for b in range(batch):
+        if not _converged(changes + done * batch, sizes + done * batch, b, tolerance):
+            overflow = tl.load(changes + done * batch + b) == INFINITY_BITS
+            begin = tl.where(overflow, 0, tl.maximum(done - low, 0))
+            t = begin
+            while t < length:
+                token = length - 1 - t if ADJOINT else t
+                keep = 1.0
+                if reset is not None:
+                    keep = 1.0 - tl.load(reset + length.to(tl.int64) * b + token).to(tl.float32)
+                row = (length.to(tl.int64) * b + token) * D
+                for block in range(program, n_blocks, programs):
+                    head = block // per_head
+                    inner = block % per_head * BLOCK_N + tl.arange(0, BLOCK_N)
+                    total = tl.zeros((BLOCK_N,), tl.float32)
+                    for start in range(0, HEAD, BLOCK_K):
+                        k = start + tl.arange(0, BLOCK_K)
+                        there = k < HEAD
+                        at = head * HEAD + k
+                        before = _before_token(initial, value, states, row, at, there, b, t, begin, D, ADJOINT)
+                        f = keep
+                        if factor is not None:
+                            f = tl.load(factor + row + at, there, other=0.0).to(tl.float32)
+                        u = before * f
+                        place = head * HEAD * HEAD + inner[:, None] * N_STRIDE + k[None, :] * K_STRIDE
+                        w = tl.load(weight + place, (inner < HEAD)[:, None] & there[None, :], other=0.0)
+                        total += tl.sum(w.to(tl.float32) * u[None, :], 1)
+                    mine = inner < HEAD
+                    n = head * HEAD + inner
+                    before_n = _before_token(initial, value, states, row, n, mine, b, t, begin, D, ADJOINT)
+                    g = tl.load(gamma + row + n, mine, other=0.0).to(tl.float32) * keep
+                    if ADJOINT:
+                        x = tl.load(source + row - D + n, mine & (t < length - 1), other=0.0).to(tl.float32)
+                        x += total * keep
+                    else:
+                        x = tl.load(source + row + n, mine, other=0.0).to(tl.float32) * tl.sigmoid(total)
+                    after = tl.fma(g, before_n, x)
+                    tl.store(states + (t + 1) % 2 * D + n, after, mine)
+                    tl.store(value + row + n, (before_n if ADJOINT else after).to(value.dtype.element_ty), mine)
+                    tl.store(final + b * D + n, after, mine)
+                meetings = _meet(meeting, meetings)
+                t += 1
+
+
+@triton.jit
+def slope_kernel(z, logits, unscale, slope, count, row_size, BLOCK: tl.constexpr):
+    """s = z σ′(a), elementwise over `count` elements; a is the logits times `unscale` of the row, if there is one."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < count
+    a = tl.load(logits + at, inside, other=0.0)
+    if unscale is not None:
+        a *= tl.load(unscale + at // row_size, inside, other=0.0)
+    gate = tl.sigmoid(a)
+    value = tl.load(z + at, inside, other=0.0).to(tl.float32) * gate * (1.0 - gate)
+    tl.store(slope + at, value.to(slope.dtype.element_ty), inside)
+
+
+@triton.jit
+def gradient_kernel(
+    adjoint,
+    z,
+    logits,
+    unscale,
+    before,
+    grad_z,
+    grad_gamma,
+    grad_gate,
+    reset,
+    length,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Gradients of one token [D]: z's λ σ(a), γ's λ h_{t−1}, the logits' λ s; the last two are zero at a reset."""
+    row = tl.program_id(0).to(tl.int64)
+    keep = 1.0
+    if reset is not None:
+        keep = 1.0 - tl.load(reset + row).to(tl.float32)
+    for start in range(0, D, BLOCK):
+        channel = start + tl.arange(0, BLOCK)
+        inside = channel < D
+        at = row * D + channel
+        value = tl.load(adjoint + at, inside, other=0.0)
+        a = tl.load(logits + at, inside, other=0.0)
+        if unscale is not None:
+            a *= tl.load(unscale + row // length)
+        gate = tl.sigmoid(a)
+        slope = tl.load(z + at, inside, other=0.0).to(tl.float32) * gate * (1.0 - gate)
+        h = tl.load(before + at, inside, other=0.0).to(tl.float32)
+        tl.store(grad_z + at, (value * gate).to(grad_z.dtype.element_ty), inside)
+        tl.store(grad_gamma + at, (value * h).to(grad_gamma.dtype.element_ty), inside)
+        tl.store(grad_gate + at, (value * slope * keep).to(grad_gate.dtype.element_ty), inside)
