@@ -1,27 +1,28 @@
-"""What a prepared data set says about itself: `manifest.json`.
+"""What a prepared data set says about itself: `manifest.json`. docs/data_format.md is for those who write their own.
 
     DATA/manifest.json
     DATA/tokenizer/                         the Hugging Face tokenizer
-    DATA/train/shard_00000.bin              token ids, little-endian uint16 or uint32, document after document
-    DATA/train/shard_00000.idx              int64 start of each document, then the number of tokens
-    DATA/validation/...                     the same; absent where no document was held out
+    DATA/train/SOURCE/shard_00000.bin       token ids, little-endian uint16 or uint32, document after document
+    DATA/train/SOURCE/shard_00000.idx       int64 start of each document, then the number of tokens
+    DATA/validation/SOURCE/...              the same; absent where no document was held out
 
 Each document is stored as [bos] + its tokens.
 """
 
 from pathlib import Path
-from typing import Final, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from mmrec_train.errors import UserError
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer"
 
 Split = Literal["train", "validation"]
 Dtype = Literal["uint16", "uint32"]
+SourceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]  # it is a folder's name, too
 
 
 class _Record(BaseModel):
@@ -46,25 +47,37 @@ class ShardInfo(_Record):
 
 
 class SplitInfo(_Record):
-    documents: int
-    tokens: int
-    shards: tuple[ShardInfo, ...] = Field(strict=False)
+    """One source's part of a split: the sums over its shards, and the shards in the order of their documents."""
+
+    documents: int = Field(ge=1)
+    tokens: int = Field(ge=1)
+    shards: tuple[ShardInfo, ...] = Field(strict=False, min_length=1)
+
+
+class SourceInfo(_Record):
+    """One source of text: where it came from, what was left out or repaired, and what there is of it."""
+
+    weight: float | None = Field(
+        gt=0, allow_inf_nan=False, description="relative share of the tokens trained on; null: its own tokens"
+    )
+    provenance: dict[str, JsonValue] = Field(description="where the text came from and how it was chosen")
+    left_out: dict[str, int] = Field(description="documents left out, by reason")
+    invalid_utf8_documents: int = Field(description="documents in which invalid text was replaced by U+FFFD")
+    invalid_utf8_replaced: int = Field(description="replacements in all of them")
+    splits: dict[Split, SplitInfo] = Field(description="only those that hold documents")
 
 
 class Manifest(_Record):
     """All a reader needs to check the data set and interpret its tokens. No dates: same input, same file."""
 
-    format: Literal[1] = FORMAT
+    format: Literal[2] = FORMAT
     dtype: Dtype
     bos_id: int
     eos_id: int
     vocab_size: int = Field(description="one more than the largest token id the tokenizer can produce")
     tokenizer_fingerprint: str = Field(description="xxh3_128 of the canonical tokenizer.json")
-    source: dict[str, JsonValue] = Field(description="where the text came from and how it was chosen")
-    empty_documents: int = Field(description="documents without text, left out")
-    invalid_utf8_documents: int = Field(description="documents in which invalid text was replaced by U+FFFD")
-    invalid_utf8_replaced: int = Field(description="replacements in all of them")
-    splits: dict[Split, SplitInfo]
+    preparation: dict[str, JsonValue] = Field(description="what was asked for all sources together")
+    sources: dict[SourceName, SourceInfo] = Field(min_length=1)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> Path:
@@ -79,12 +92,21 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         text = path.read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(
-            f"{folder} is not a prepared data set: it has no {MANIFEST_NAME}. "
-            f"Make one with: python launch/prepare_data.py --source ... --out {folder}"
-        ) from None
+        raise not_prepared(str(folder)) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}. Prepare the data set again.") from error
+    return parse_manifest(text, str(path))
+
+
+def not_prepared(folder: str) -> UserError:
+    return UserError(
+        f"{folder} is not a prepared data set: it has no {MANIFEST_NAME}. "
+        f"Make one with: python launch/prepare_data.py --source ... --out {folder}"
+    )
+
+
+def parse_manifest(text: str, path: str) -> Manifest:
+    """The manifest in `text`; `path` is for the message of the UserError where it is damaged or of another version."""
     try:
         return Manifest.model_validate_json(text)
     except ValidationError as error:
@@ -92,5 +114,5 @@ def read_manifest(folder: Path) -> Manifest:
         key = ".".join(str(part) for part in first["loc"]) or "the file"
         raise UserError(
             f"{path}: {key}: {first['msg']}. The manifest is damaged or of another version "
-            f"(this one reads format {FORMAT}). Prepare the data set again."
+            f"(this one reads format {FORMAT}). Remove the data set and prepare it again."
         ) from None

@@ -1,4 +1,4 @@
-"""Writing one split as shards of whole documents."""
+"""Writing one source's part of a split as shards of whole documents."""
 
 import os
 from pathlib import Path
@@ -9,19 +9,19 @@ import numpy as np
 from mmrec_train.data.checksums import file_checksum
 from mmrec_train.data.manifest import Dtype, FileInfo, ShardInfo, SplitInfo
 
-SHARD_TOKENS = 1 << 28  # a file of 0.5 or 1 GiB: few files, yet each is quickly hashed and copied
+SHARD_BYTES = 256 << 20  # few files, yet each is quickly hashed and copied
 
 
 class SplitWriter:
     """Appends documents to `folder`/shard_NNNNN.{bin,idx}; `close` returns what the manifest says of them.
 
-    A shard ends with the document that brings it to `shard_tokens`. The folder is made for the first document.
+    A shard ends with the document that brings it to `shard_bytes`. The folder is made for the first document.
     """
 
-    def __init__(self, folder: Path, dtype: Dtype, *, shard_tokens: int = SHARD_TOKENS) -> None:
+    def __init__(self, folder: Path, dtype: Dtype, *, shard_bytes: int = SHARD_BYTES) -> None:
         self.folder = folder
         self._dtype = np.dtype(dtype).newbyteorder("<")
-        self._shard_tokens = shard_tokens
+        self._shard_tokens = max(1, shard_bytes // self._dtype.itemsize)
         self._shards: list[ShardInfo] = []
         self._bin: BinaryIO | None = None
         self._starts: list[int] = [0]
@@ -29,7 +29,7 @@ class SplitWriter:
     def add(self, document: np.ndarray) -> None:
         """Append one document: all its token ids, bos included; integers of any width."""
         if self._bin is None:
-            self.folder.mkdir(exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
             self._bin = self._path("bin").open("xb")
         self._bin.write(document.astype(self._dtype).tobytes())
         self._starts.append(self._starts[-1] + len(document))

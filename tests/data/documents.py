@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from mmrec_train.data.dataset import TokenDataset, open_dataset
-from mmrec_train.data.manifest import Dtype, Manifest, write_manifest
+from mmrec_train.data.manifest import Dtype, Manifest, SourceInfo, Split, write_manifest
 from mmrec_train.data.shards import SplitWriter
 from mmrec_train.data.sources import Document
 
@@ -15,27 +15,43 @@ EOS = 0
 
 
 def write_documents(
-    folder: Path, documents: Sequence[Sequence[int]], *, shard_tokens: int = 100, dtype: Dtype = "uint32"
+    folder: Path,
+    documents: Sequence[Sequence[int]] | dict[str, Sequence[Sequence[int]]],
+    *,
+    shard_tokens: int = 100,
+    dtype: Dtype = "uint32",
+    weights: dict[str, float] | None = None,
+    split: Split = "train",
 ) -> TokenDataset:
-    """Store `documents` (token ids as they are to be read, bos included) as the train split of a data set."""
-    folder.mkdir(parents=True, exist_ok=True)
-    writer = SplitWriter(folder / "train", dtype, shard_tokens=shard_tokens)
-    for document in documents:
-        writer.add(np.array(document))
+    """Store `documents` (token ids as they are to be read, bos included) as one split of a data set.
+
+    A plain list is the only source, "main"; a dictionary has the documents of several, and `weights` their weights.
+    """
+    sources = documents if isinstance(documents, dict) else {"main": documents}
+    infos = {}
+    for name, texts in sources.items():
+        writer = SplitWriter(folder / split / name, dtype, shard_bytes=shard_tokens * np.dtype(dtype).itemsize)
+        for document in texts:
+            writer.add(np.array(document))
+        infos[name] = SourceInfo(
+            weight=(weights or {}).get(name),
+            provenance={"kind": "test"},
+            left_out={},
+            invalid_utf8_documents=0,
+            invalid_utf8_replaced=0,
+            splits={split: writer.close()},
+        )
     manifest = Manifest(
         dtype=dtype,
         bos_id=EOS,
         eos_id=EOS,
         vocab_size=1 << 16,
         tokenizer_fingerprint="0" * 32,
-        source={"kind": "test"},
-        empty_documents=0,
-        invalid_utf8_documents=0,
-        invalid_utf8_replaced=0,
-        splits={"train": writer.close()},
+        preparation={},
+        sources=infos,
     )
     write_manifest(folder, manifest)
-    return open_dataset(folder, "train", verify=True)
+    return open_dataset(folder, split, verify=True)
 
 
 def numbered_documents(lengths: Sequence[int]) -> list[list[int]]:
