@@ -1,4 +1,4 @@
-"""A shuffle that is computed, not stored: any part of any epoch's order at any time, in constant memory."""
+"""A shuffle that is computed, not stored: any part of any order at any time, in constant memory."""
 
 import numpy as np
 import xxhash
@@ -8,20 +8,18 @@ _MIX = np.uint64(0x9E3779B97F4A7C15)
 
 
 class Permutation:
-    """A permutation of 0 .. size - 1, a pure function of (size, seed, epoch), the same on every machine.
+    """A permutation of 0 .. size - 1, a pure function of (size, key), the same on every machine.
 
     A balanced Feistel network permutes [0, 4^k), the smallest such range that holds `size`. Values that land
     beyond `size` are sent through again until they do not (cycle walking), which keeps it a bijection and takes
     fewer than four passes on average.
     """
 
-    def __init__(self, size: int, *, seed: int, epoch: int) -> None:
+    def __init__(self, size: int, key: str) -> None:
         assert size >= 1
         self.size = size
         self._half_bits = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
-        self._keys = [
-            np.uint64(xxhash.xxh3_64_intdigest(f"{seed}/{epoch}/{number}".encode())) for number in range(_ROUNDS)
-        ]
+        self._keys = [np.uint64(xxhash.xxh3_64_intdigest(f"{key}/{number}".encode())) for number in range(_ROUNDS)]
 
     def __call__(self, positions: np.ndarray) -> np.ndarray:
         """Where each position goes: [n] integers in [0, size) -> [n] int64 in [0, size)."""
