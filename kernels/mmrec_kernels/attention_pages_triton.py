@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmrec_kernels.attention_torch import PAGE, Read
+from mmrec_kernels.checks import cdiv
 from mmrec_kernels.triton_rows import LN_2, LOG2_E, NEVER, head_base, load_norm, precision, rows_of
 
 _GATHERED = 16  # slots that a query gathers at one time
@@ -191,7 +192,7 @@ def key_gradients(read: Read, lse: Tensor, delta: Tensor, grad_out: Tensor) -> t
     """∂slots_k and ∂slots_v."""
     assert read.pages is not None
     batch, heads, _, width = read.q.shape
-    pages_in_all = triton.cdiv(read.slots_k.shape[2], PAGE)
+    pages_in_all = cdiv(read.slots_k.shape[2], PAGE)
     lines = torch.arange(batch * heads, device=read.q.device).view(batch, heads, 1, 1)
     page = torch.where(read.pages < 0, batch * heads * pages_in_all, read.pages + lines * pages_in_all)
     page, order = page.flatten().sort(stable=True)

@@ -14,7 +14,6 @@ Rotary positions: a kernel turns the keys of the window once, into a copy; queri
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from mmrec_kernels import attention_pages_triton
@@ -22,6 +21,7 @@ from mmrec_kernels.attention_backward_triton import key_kernel, query_kernel
 from mmrec_kernels.attention_forward_triton import Rule, Table, forward_kernel, rotate_kernel, schedule_kernel
 from mmrec_kernels.attention_torch import Gradients, Read, rotary_table
 from mmrec_kernels.backend import interpreted
+from mmrec_kernels.checks import cdiv
 from mmrec_kernels.triton_rows import LOG2_E, Rows, precision, rows_of
 
 _LISTED = 32  # blocks sorted at one time when lists are made
@@ -68,7 +68,7 @@ def _schedule(read: Read, blocks: Blocks, by_keys: bool) -> tuple[Rule, int] | t
     length = read.q.shape[2]
     if slots == 0 or read.pages is not None:
         return None, 0
-    counts = triton.cdiv(length, blocks.queries), triton.cdiv(slots, blocks.keys)
+    counts = cdiv(length, blocks.queries), cdiv(slots, blocks.keys)
     rows, columns = reversed(counts) if by_keys else counts
     stamp, start, stop = (x.contiguous() for x in (read.slot_stamp, read.slot_start, read.slot_stop))
     rule = Rule(
@@ -100,7 +100,7 @@ def _window(read: Read) -> _Window:
     batch, heads, tokens, width = read.window_k.shape
     table = Table(*rotary_table(read))
     keys = rows_of(torch.empty_like(read.window_k))
-    rotate_kernel[triton.cdiv(tokens, _ROTATED), batch](
+    rotate_kernel[cdiv(tokens, _ROTATED), batch](
         rows_of(read.window_k), keys, table, heads, tokens, _ROTATED, width // 2, num_warps=4
     )  # fmt: skip
     return _Window(keys, rows_of(read.window_v), read.window_start.contiguous(), table)
@@ -139,7 +139,7 @@ def _read_blocks(read: Read, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     lse = read.q.new_empty(batch, heads, length, dtype=torch.float32)
     rule, columns = _schedule(read, blocks, by_keys=False)
     slots = (None, None) if rule is None else (rows_of(read.slots_k), rows_of(read.slots_v))
-    forward_kernel[(triton.cdiv(length, blocks.queries) * batch * heads,)](
+    forward_kernel[(cdiv(length, blocks.queries) * batch * heads,)](
         rows_of(read.q), *slots, rule, *_window(read), *_null(read), rows_of(out), lse, *_sizes(read, columns),
         width, blocks.queries, blocks.keys, precision(read.q.dtype),
         num_warps=blocks.warps, num_stages=blocks.stages,
@@ -177,7 +177,7 @@ def _query_gradients(
     _, blocks, _ = _blocks(width, read.q.dtype)
     rule, columns = _schedule(read, blocks, by_keys=False)
     slots = (None, None) if rule is None else (rows_of(read.slots_k), rows_of(read.slots_v))
-    query_blocks = triton.cdiv(length, blocks.queries)
+    query_blocks = cdiv(length, blocks.queries)
     null = _null(read)
     null_sums = None if null[0] is None else lse.new_empty(2, batch, heads, query_blocks, width)
     grad_q = torch.empty_like(read.q, dtype=read.q.dtype if read.pages is None else torch.float32)
@@ -201,8 +201,8 @@ def _key_gradients(
     _, _, blocks = _blocks(width, read.q.dtype)
     rule, columns = _schedule(read, blocks, by_keys=True)
     slots = (None, None) if rule is None else (rows_of(read.slots_k), rows_of(read.slots_v))
-    slot_programs = 0 if rule is None else triton.cdiv(read.slots_k.shape[2], blocks.keys) * batch * heads
-    window_programs = 0 if window.keys is None else triton.cdiv(window.keys.data.shape[2], blocks.keys) * batch * heads
+    slot_programs = 0 if rule is None else cdiv(read.slots_k.shape[2], blocks.keys) * batch * heads
+    window_programs = 0 if window.keys is None else cdiv(window.keys.data.shape[2], blocks.keys) * batch * heads
     splits = max(1, min(_PROGRAMS // max(1, slot_programs + window_programs), length // _SPLIT_ROWS))
     grads = torch.empty_like(read.slots_k), torch.empty_like(read.slots_v)
     sums = grads

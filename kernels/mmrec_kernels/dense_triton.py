@@ -18,10 +18,10 @@ import math
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from mmrec_kernels.backend import interpreted
+from mmrec_kernels.checks import cdiv
 from mmrec_kernels.dense_kernels_triton import finish_kernel, gradient_kernel, refine_kernel, slope_kernel, step_kernel
 from mmrec_kernels.matmul import gate_weight_gradient
 from mmrec_kernels.scan_torch import shift_right
@@ -152,7 +152,7 @@ def _solve(problem: _Problem, settings: SolverSettings) -> tuple[Tensor, Tensor]
         gamma=problem.gamma, source=source, factor=problem.factor, reset=problem.reset, initial=problem.initial,
         value=problem.value, final=problem.final, batch=batch, length=length, D=width, ADJOINT=problem.adjoint,
     )  # fmt: skip
-    tiles = triton.cdiv(length, STEPS) * batch * triton.cdiv(width, 4 * CHANNELS)
+    tiles = cdiv(length, STEPS) * batch * cdiv(width, 4 * CHANNELS)
     tiling = dict(STEPS=STEPS, GROUP=GROUP, WHOLE=length % STEPS == 0 and width % (8 * CHANNELS) == 0, shift=0)
     product: Tensor | None = None
     unscale: Tensor | None = None
@@ -250,7 +250,7 @@ def backward(
             before.masked_fill_(reset.unsqueeze(-1), 0.0)
         logits, unscale = _logits(before, weight)
         slope = torch.empty(z.shape, dtype=weight.dtype, device=z.device)
-        slope_kernel[(triton.cdiv(z.numel(), 2048),)](z, logits, unscale, slope, z.numel(), z[0].numel(), BLOCK=2048)
+        slope_kernel[(cdiv(z.numel(), 2048),)](z, logits, unscale, slope, z.numel(), z[0].numel(), BLOCK=2048)
         adjoint = torch.empty(z.shape, dtype=torch.float32, device=z.device)
         grad_initial = torch.empty(initial.shape, dtype=torch.float32, device=z.device)
         last = (grad_h[:, -1].float() + grad_final).contiguous()

@@ -29,6 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmrec_kernels.checks import cdiv
 from mmrec_kernels.handoff import publish, take_ticket, wait_for
 from mmrec_kernels.matmul import gate_weight_gradient
 from mmrec_kernels.register_tiles import scan_tile
@@ -202,7 +203,7 @@ def _solve(
     """Launches the kernel over all tiles; returns iterations [B] int32 and residual [B] fp32."""
     batch, length, _ = z.shape
     heads, width, _ = weight.shape
-    steps = triton.cdiv(length, TILE)
+    steps = cdiv(length, TILE)
     tiles = steps * batch * heads
     sequential = settings.solver == "sequential"
     max_iterations = -1 if sequential else min(settings.max_iterations, PIPELINED)

@@ -25,6 +25,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmrec_kernels.checks import cdiv
+
 BLOCK_D = 64
 STEPS = 64
 GROUP = 8
@@ -41,9 +43,9 @@ def handoff_words(scans: int, length: int, states: int, device: torch.device, st
         states: Number of states that are scanned, B · D.
         steps: Tokens of a tile.
     """
-    tiles = triton.cdiv(length, steps)
-    groups = triton.cdiv(tiles, GROUP)
-    supergroups = triton.cdiv(groups, GROUP)
+    tiles = cdiv(length, steps)
+    groups = cdiv(tiles, GROUP)
+    supergroups = cdiv(groups, GROUP)
     words = 4 + (2 * tiles + 2 * groups + supergroups) * states
     return torch.zeros(scans, words, dtype=torch.int32, device=device)
 
@@ -186,7 +188,7 @@ def readable(x: Tensor) -> Tensor:
 
 def programs_in_cache(batch: int, length: int, width: int, item_bytes: int, device: torch.device) -> int:
     """Programs (one per tile at most) whose tiles fit the L1 caches; `item_bytes` is read per token and channel."""
-    tiles = triton.cdiv(length, STEPS) * batch * triton.cdiv(width, BLOCK_D)
+    tiles = cdiv(length, STEPS) * batch * cdiv(width, BLOCK_D)
     if device.type != "cuda":
         return tiles
     processors = torch.cuda.get_device_properties(device).multi_processor_count
