@@ -28,14 +28,17 @@ from triton import JITFunction
 from triton.runtime.interpreter import InterpretedFunction
 
 from mmrec_kernels import (
+    RingWrites,
     associative_scan_exponential,
     backend,
     build_pyramid,
     gated_recurrence,
+    latest_pyramid,
     linear_scan,
     memory_attention,
     reference,
     select_pages,
+    slots_in_pages,
     update_pyramid,
 )
 
@@ -183,18 +186,32 @@ def _read(sizes: Sizes, *, window: bool, pages: bool = False) -> Problem:
 
 
 def _hierarchy(sizes: Sizes) -> Problem:
-    """A read of pages selected through a pyramid, so many that none is left out: equal to the read of all slots."""
-    problem = _read(sizes, window=False)
+    """A read of pages selected through a pyramid, so many that none is left out: equal to the read of all slots.
 
-    def read(q: Tensor, slots_k: Tensor, slots_v: Tensor, **rule: Any) -> tuple[Tensor, Tensor]:
-        written = torch.tensor([[3, 20]] * BATCH, device=q.device)
-        before = slots_k.detach().clone()
-        before[:, :, [3, 20]] = 0.0
-        pyramid = update_pyramid(build_pyramid(before), slots_k, written)
-        if not all(torch.equal(a, b) for a, b in zip(pyramid, build_pyramid(slots_k), strict=True)):
+    Of the slots, the first 16 are a ring that the others are written to, one after another.
+    """
+    problem = _read(sizes, window=False)
+    ring, slots = 16, problem.leaves["slots_k"].shape[2]
+    stop = torch.randint(ring, slots + 1, (BATCH, sizes.queries), generator=_generator(4))
+    stamp = torch.arange(slots).repeat(BATCH, 1)
+    problem.options = {"slot_stamp": stamp, "slot_start": stop - ring, "slot_stop": stop}
+
+    def read(
+        q: Tensor, slots_k: Tensor, slots_v: Tensor, slot_stamp: Tensor, slot_start: Tensor, slot_stop: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        filled = torch.full((BATCH,), ring, device=q.device)
+        writes = RingWrites.of(ring, filled, slot_stamp[:, ring:], torch.full_like(filled, slots - ring))
+        history = update_pyramid(build_pyramid(slots_k[:, :, :ring]), slots_k, writes)
+        after = torch.cat([slots_k[:, :, ring:], slots_k[:, :, slots - ring : ring]], dim=2)
+        if not all(
+            torch.equal(a, b) for a, b in zip(latest_pyramid(history, writes), build_pyramid(after), strict=True)
+        ):
             raise RuntimeError("update_pyramid and build_pyramid differ")
-        pages = select_pages(q, slots_k, pyramid, **rule, topk_blocks=slots_k.shape[2])
-        return memory_attention(q, slots_k, slots_v, **rule, pages=pages)
+        pages = select_pages(q, history, writes, slot_stop=slot_stop, completed=slot_stop, topk_blocks=ring)
+        k, v = (slots_in_pages(x, writes) for x in (slots_k, slots_v))
+        return memory_attention(
+            q, k, v, slot_stamp=writes.page_stamp, slot_start=slot_start, slot_stop=slot_stop, pages=pages
+        )
 
     problem.operation = read
     return problem

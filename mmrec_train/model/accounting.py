@@ -5,7 +5,29 @@ what the model's mathematics needs once. Repeated work (activation recomputation
 deliberately not counted, so that it shows as lost utilisation.
 """
 
+from typing import NamedTuple
+
+from mmrec_kernels.attention import PAGE
+from mmrec_kernels.hierarchy import COARSE
 from mmrec_train.model.configuration import MMRecConfig
+
+
+class SlotRead(NamedTuple):
+    """What a token reads of a full ring: pages it selects, slots it attends, averages of slots it only scores."""
+
+    pages: int
+    attended: int
+    scored: int
+
+
+def slot_read(config: MMRecConfig) -> SlotRead:
+    slots, blocks = config.memory_slots, config.topk_blocks
+    if config.read == "dense":
+        return SlotRead(pages=0, attended=slots, scored=0)
+    in_all, coarse = -(-slots // PAGE), -(-slots // COARSE)
+    below = min(in_all, COARSE // PAGE * min(blocks, coarse))
+    pages = min(blocks, below)
+    return SlotRead(pages, attended=min(slots, PAGE * pages), scored=coarse + below)
 
 
 def _block_matrices(config: MMRecConfig) -> int:
@@ -28,20 +50,24 @@ def flops_per_token(config: MMRecConfig) -> float:
     """Floating-point operations of one training token: forward plus backward, which is three times the forward.
 
     6 for each weight that enters a matrix product (the output head counts, the embedding look-up does not), and
-    12·D for each key a token attends: M slots and W tokens, both full (the steady state of a long document).
+    12·D for each key a token attends: the slots that `read` gives it and W tokens, all full (the steady state of a long
+    document). Averages of slots that it only scores count 2·D: selecting has no gradient.
     """
     matrices = config.num_layers * _block_matrices(config) + config.vocab_size * config.hidden_dim
-    keys = config.memory_slots + config.short_window
-    return 6.0 * matrices + 12.0 * config.num_layers * config.hidden_dim * keys
+    read = slot_read(config)
+    a_channel = 12.0 * (read.attended + config.short_window) + 2.0 * read.scored
+    return 6.0 * matrices + config.num_layers * config.hidden_dim * a_channel
 
 
 def state_bytes(config: MMRecConfig, batch: int, bytes_per_element: int) -> int:
     """Bytes of the memory states of all layers for `batch` lanes.
 
-    Slots and window have `bytes_per_element`; h and the sums of the unfinished segment are fp32, the counters int64.
+    Slots, their averages and the window have `bytes_per_element`; h and the sums of the unfinished segment are fp32,
+    the counters int64.
     """
-    d, r = config.hidden_dim, config.num_memories
-    banks = 2 * (config.memory_slots + config.short_window) * d * bytes_per_element
+    d, r, slots = config.hidden_dim, config.num_memories, config.memory_slots
+    averages = -(-slots // PAGE) - (-slots // COARSE) if config.read == "topk" else 0
+    banks = (2 * (slots + config.short_window) + averages) * d * bytes_per_element
     sums = 4 * (d + 2 * d + 2 * r)
     return batch * config.num_layers * (banks + sums + 3 * 8)
 
@@ -57,12 +83,13 @@ def activation_bytes(
 
     A block without checkpointing keeps about 20 D + 3 F values a token in compute precision and 17 D in fp32 (gates,
     inputs, states and reads), which is within 5 % of the peaks measured for `350m` with 2 and 4 lanes of 8192 tokens;
-    a checkpointed one keeps its input and output state only. The peak adds one block
-    being recomputed and the slice of logits the loss works on.
+    with a `topk` read also the numbers of the pages of each head. A checkpointed block keeps its input and output
+    state only. The peak adds one block being recomputed and the slice of logits the loss works on.
     """
     tokens = micro_batch_size * chunk_len
     d, f = config.hidden_dim, config.ffn_dim
-    kept = tokens * ((20 * d + 3 * f) * bytes_per_element + 17 * d * 4)
+    pages = slot_read(config).pages * config.num_heads * 8
+    kept = tokens * ((20 * d + 3 * f) * bytes_per_element + 17 * d * 4 + pages)
     boundary = (
         tokens * d * bytes_per_element + state_bytes(config, micro_batch_size, bytes_per_element) // config.num_layers
     )

@@ -38,6 +38,9 @@ class MMRecConfig(PreTrainedConfig):
         decay_half_life: Half-lives in tokens of the first and the last channel at initialisation, log-spaced between.
         decay_init: One γ for all channels at initialisation, instead of `decay_half_life`.
         dropout: Dropout on the output of the mixer, while training.
+        read: `dense` attends every slot a token may see; `topk` finds the pages of 4 slots worth reading through
+            averages of slots (HDS) and attends only these.
+        topk_blocks: With `topk`: nodes of 16 slots that a head descends into for a token, and pages it reads then.
         memory_across_documents: Keep the slots of earlier documents of the lane visible (nothing else crosses).
         rope_theta: Base of the rotary positions of the short-term bank.
         norm_eps: Epsilon of every RMSNorm.
@@ -71,6 +74,8 @@ class MMRecConfig(PreTrainedConfig):
     decay_half_life: list[float] | tuple[float, ...] = (1.0, 512.0)
     decay_init: float | None = None
     dropout: float = 0.0
+    read: Literal["dense", "topk"] = "dense"
+    topk_blocks: int = 16
     memory_across_documents: bool = False
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
@@ -88,7 +93,7 @@ class MMRecConfig(PreTrainedConfig):
         positive = (
             "vocab_size hidden_dim num_layers num_heads num_memories memory_slots segment_len ffn_dim max_seq_len"
         )
-        for name in [*positive.split(), "solver_max_iterations"]:
+        for name in [*positive.split(), "topk_blocks", "solver_max_iterations"]:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.short_window < 0:

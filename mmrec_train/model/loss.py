@@ -13,8 +13,8 @@ from mmrec_train.model.accounting import LOSS_SLICE_TOKENS
 IGNORE_INDEX = -100
 
 
-def sliced_cross_entropy(hidden: Tensor, labels: Tensor, head: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """Sum of the cross-entropies, in nats and fp32 (fp64 for fp64), and the number of labels that count.
+def sliced_cross_entropy(hidden: Tensor, labels: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
+    """Cross-entropy of each token [B, T], in nats and fp32 (fp64 for fp64); 0 where the label counts for nothing.
 
     Args:
         hidden: Final hidden states [B, T, D].
@@ -23,16 +23,15 @@ def sliced_cross_entropy(hidden: Tensor, labels: Tensor, head: Callable[[Tensor]
             a slice are recomputed there rather than kept.
     """
 
-    dtype = compute_dtype(hidden.dtype)
+    def slice_losses(hidden: Tensor, labels: Tensor) -> Tensor:
+        logits = head(hidden).to(compute_dtype(hidden.dtype))
+        return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="none")
 
-    def slice_loss(hidden: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(head(hidden).to(dtype), labels, ignore_index=IGNORE_INDEX, reduction="sum")
-
-    total = hidden.new_zeros((), dtype=dtype)
+    losses = []
     slices = zip(hidden.flatten(0, 1).split(LOSS_SLICE_TOKENS), labels.flatten().split(LOSS_SLICE_TOKENS), strict=True)
     for hidden_slice, label_slice in slices:
         if torch.is_grad_enabled():
-            total = total + checkpoint(slice_loss, hidden_slice, label_slice, use_reentrant=False)
+            losses.append(checkpoint(slice_losses, hidden_slice, label_slice, use_reentrant=False))
         else:
-            total = total + slice_loss(hidden_slice, label_slice)
-    return total, (labels != IGNORE_INDEX).sum()
+            losses.append(slice_losses(hidden_slice, label_slice))
+    return torch.cat(losses).view_as(labels)

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmrec_kernels import compute_dtype, memory_attention
+from mmrec_kernels import Pyramid, compute_dtype, memory_attention, select_pages, update_pyramid
+from mmrec_kernels.attention import PAGE
+from mmrec_kernels.hierarchy import COARSE, RingWrites, latest_places, latest_pyramid, slots_in_pages
 from mmrec_train.model.configuration import MMRecConfig
 
 
@@ -19,20 +21,24 @@ class MemoryState(NamedTuple):
 
     Attributes:
         h: Short-term memory, the state after the last token [B, D], fp32.
-        slots_k, slots_v: Long-term memory [B, R, M, E], a ring: slot number n lies at index n mod M. Keys are stored
-            normalised, ready to be read.
+        slots_k, slots_v: Long-term memory [B, R, M, E], a ring: slot number n of the document (of the lane, with
+            `memory_across_documents`) lies at index n mod M. Keys are stored normalised, ready to be read.
+        pages_k, coarse_k: Averages of the slots' keys by 4 [B, R, ⌈M/4⌉, E] and by 16 [B, R, ⌈M/16⌉, E] (HDS), by which
+            a `topk` read selects; of no width with a `dense` one.
         window_k, window_v: Short-term bank [B, W, D]: keys (normalised) and values of the last W tokens.
         segment_max: Largest pooling score of the unfinished segment of each bank [B, R], fp32.
         segment_weight: Sum of exp(score − segment_max) over it [B, R], fp32.
         segment_k, segment_v: Sums of its keys and values under these weights [B, D], fp32.
         position: Tokens of the current document so far [B], int64; the last position mod S are in no slot yet.
         document: Number of the current document in its lane [B], int64.
-        slots_written: Slots written in all [B], int64; the next one goes to this number mod M.
+        slots_written: Slots of the document (of the lane) so far [B], int64; the number of the next one.
     """
 
     h: Tensor
     slots_k: Tensor
     slots_v: Tensor
+    pages_k: Tensor
+    coarse_k: Tensor
     window_k: Tensor
     window_v: Tensor
     segment_max: Tensor
@@ -48,12 +54,14 @@ class MemoryState(NamedTuple):
         """The state before any token. dtype is that of slots and window."""
         d, r, m = config.hidden_dim, config.num_memories, config.memory_slots
         banks = torch.zeros(batch, r, m, config.mem_dim, dtype=dtype, device=device)
+        nodes = [-(-m // size) if config.read == "topk" else 0 for size in (PAGE, COARSE)]
+        pages, coarse = (torch.zeros(batch, r, n, config.mem_dim, dtype=dtype, device=device) for n in nodes)
         window = torch.zeros(batch, config.short_window, d, dtype=dtype, device=device)
         wide = torch.zeros(batch, d, dtype=compute_dtype(dtype), device=device)
         narrow = torch.zeros(batch, r, dtype=wide.dtype, device=device)
         count = torch.zeros(batch, dtype=torch.int64, device=device)
         no_score = torch.full_like(narrow, float("-inf"))
-        return cls(wide, banks, banks, window, window, no_score, narrow, wide, wide, count, count, count)
+        return cls(wide, banks, banks, pages, coarse, window, window, no_score, narrow, wide, wide, count, count, count)
 
     def detach(self) -> Self:
         """The same values, cut from the graph that computed them."""
@@ -72,14 +80,16 @@ class ChunkPlan(NamedTuple):
 
     Attributes:
         reset: A document's first token [B, T], bool.
-        slot_stamp: Chronological numbers [B, M + N] of the ring's slots and of the chunk's new ones; the ring's oldest
-            has 0, the first new one M.
+        slot_stamp: Chronological numbers [B, M + N] of the ring's slots and of the chunk's new ones; the ring's newest
+            has M − 1, the first new one M.
         slot_start, slot_stop: [B, T]; a token sees the slots whose stamps lie in [start, stop).
+        completed: Slots of the token's document (of the lane) before it [B, T]; it sees the last M of them.
         window_start: Index of the first token a token may see, counted from the start of the carried window [B, T].
         segment_start, segment_stop: Chunk positions [B, N + 1] of the segments that end in the chunk, in order, and
             last of the one left unfinished. A negative start reaches back into the carried sums. Entries after a row's
             last ended segment, the last column aside, mean nothing.
         ring_source: [B, M]; what each index of the ring holds after the chunk, as an index into ring + new slots.
+        writes: How the new slots enter the pages of the ring, for a `topk` read; None for a `dense` one.
         position, document, slots_written: The counters of `MemoryState` after the chunk [B].
     """
 
@@ -87,10 +97,12 @@ class ChunkPlan(NamedTuple):
     slot_stamp: Tensor
     slot_start: Tensor
     slot_stop: Tensor
+    completed: Tensor
     window_start: Tensor
     segment_start: Tensor
     segment_stop: Tensor
     ring_source: Tensor
+    writes: RingWrites | None
     position: Tensor
     document: Tensor
     slots_written: Tensor
@@ -109,33 +121,39 @@ class ChunkPlan(NamedTuple):
         before = ended - ((position + 1) % segment_len == 0).long()  # segments that ended before the token
         count = ended[:, -1]
         possible = (length + segment_len - 1) // segment_len
-        last_token = torch.searchsorted(ended, torch.arange(1, possible + 1, device=reset.device).repeat(len(reset), 1))
+        new = torch.arange(possible, device=reset.device)
+        last_token = torch.searchsorted(ended, (new + 1).repeat(len(reset), 1))
         tail = (position[:, -1:] + 1) % segment_len
         segment_stop = torch.cat([last_token + 1, torch.full_like(tail, length)], dim=1)
         segment_start = torch.cat([last_token + 1 - segment_len, length - tail], dim=1)
 
         # of its own document a token sees what that has completed, ⌊p/S⌋ segments; stamps make them the latest ones
         completed = position // segment_len
+        number = position.gather(1, last_token.clamp_max(length - 1)) // segment_len
+        slots_written = (position[:, -1] + 1) // segment_len
         if config.memory_across_documents:
             completed = state.slots_written.unsqueeze(1) + before
+            number = state.slots_written.unsqueeze(1) + new
+            slots_written = state.slots_written + count
         slot_stop = slots + before
-        ring = torch.arange(slots, device=reset.device)
-        age = (ring - state.slots_written.unsqueeze(1)) % slots  # 0 for the oldest, which is overwritten first
-        newest = age + (count.unsqueeze(1) - 1 - age).div(slots, rounding_mode="floor") * slots
+        age = (torch.arange(slots, device=reset.device) - state.slots_written.unsqueeze(1)) % slots
+        writes = None
+        if config.read == "topk":
+            writes = RingWrites.of(slots, state.slots_written, number, count)
         return cls(
             reset=reset,
-            slot_stamp=torch.cat(
-                [age, torch.arange(slots, slots + possible, device=age.device).expand(len(age), -1)], 1
-            ),
+            slot_stamp=torch.cat([age, (slots + new).expand(len(age), -1)], 1),
             slot_start=slot_stop - completed.clamp_max(slots),
             slot_stop=slot_stop,
+            completed=completed,
             window_start=(config.short_window + token - position).clamp_min(0),
             segment_start=segment_start,
             segment_stop=segment_stop,
-            ring_source=torch.where(age < count.unsqueeze(1), slots + newest, ring),
+            ring_source=latest_places(slots, number, count, size=1),
+            writes=writes,
             position=position[:, -1] + 1,
             document=state.document + reset.sum(1),
-            slots_written=state.slots_written + count,
+            slots_written=slots_written,
         )
 
 
@@ -177,12 +195,12 @@ class SlotMemory(nn.Module):
         window_k = torch.cat([state.window_k, self._normalise_keys(k)], dim=1)
         window_v = torch.cat([state.window_v, v], dim=1)
 
+        q = self.query_norm(q.unflatten(-1, (config.num_heads, -1))).transpose(1, 2)
+        slots, levels = self._slots_to_read(q, ring_k, ring_v, state, plan)
         short = config.short_window > 0
         read, _ = memory_attention(
-            self.query_norm(q.unflatten(-1, (config.num_heads, -1))).transpose(1, 2),
-            ring_k,
-            ring_v,
-            slot_stamp=plan.slot_stamp,
+            q,
+            **slots,
             slot_start=plan.slot_start,
             slot_stop=plan.slot_stop,
             window_k=window_k.unflatten(-1, (config.num_heads, -1)).transpose(1, 2) if short else None,
@@ -199,6 +217,8 @@ class SlotMemory(nn.Module):
             h=state.h,
             slots_k=ring_k.gather(2, source),
             slots_v=ring_v.gather(2, source),
+            pages_k=levels.pages,
+            coarse_k=levels.coarse,
             window_k=window_k[:, carried:],
             window_v=window_v[:, carried:],
             position=plan.position,
@@ -207,6 +227,31 @@ class SlotMemory(nn.Module):
             **segment,
         )
         return read.transpose(1, 2).flatten(-2) * self.output_gain, state
+
+    def _slots_to_read(
+        self, q: Tensor, ring_k: Tensor, ring_v: Tensor, state: MemoryState, plan: ChunkPlan
+    ) -> tuple[dict[str, Tensor], Pyramid]:
+        """What `memory_attention` is told about the slots, and the coarse levels after the chunk.
+
+        Args:
+            q: Queries [B, H, T, d], normalised.
+            ring_k, ring_v: Ring and new slots [B, R, M + N, E].
+        """
+        levels, writes = Pyramid(state.pages_k, state.coarse_k), plan.writes
+        if writes is None:
+            return dict(slots_k=ring_k, slots_v=ring_v, slot_stamp=plan.slot_stamp), levels
+        history = update_pyramid(levels, ring_k, writes)
+        pages = select_pages(
+            q,
+            history,
+            writes,
+            slot_stop=plan.slot_stop,
+            completed=plan.completed,
+            topk_blocks=self.config.topk_blocks,
+        )
+        k, v = (slots_in_pages(slots, writes) for slots in (ring_k, ring_v))
+        slots = dict(slots_k=k, slots_v=v, slot_stamp=writes.page_stamp, pages=pages)
+        return slots, latest_pyramid(history, writes)
 
     def _pool(
         self, k: Tensor, v: Tensor, score: Tensor, state: MemoryState, plan: ChunkPlan

@@ -1,7 +1,7 @@
 """MM-Rec behind the Hugging Face interfaces: `MMRecModel` and `MMRecForCausalLM`."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +35,8 @@ class MMRecModelOutput(ModelOutput):
 
 @dataclass
 class MMRecCausalLMOutput(ModelOutput):
-    """Output of `MMRecForCausalLM`: `loss` (mean over the labels that count, in nats), `logits` [B, n, V] and the rest
-    as in `MMRecModelOutput`."""
+    """Output of `MMRecForCausalLM`: `loss` in nats (the mean over the labels that count, or [B, T]), `logits` [B, n, V]
+    and the rest as in `MMRecModelOutput`."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None
@@ -184,6 +184,7 @@ class MMRecForCausalLM(MMRecPreTrainedModel, GenerationMixin):
         chunk_size: int | str | None = None,
         logits_to_keep: int | None = None,
         use_cache: bool | None = None,
+        loss_reduction: Literal["mean", "none"] = "mean",
         **_: Any,
     ) -> MMRecCausalLMOutput:
         """Logits, loss or both; arguments not named here are those of `MMRecModel.forward`.
@@ -193,7 +194,11 @@ class MMRecForCausalLM(MMRecPreTrainedModel, GenerationMixin):
             shift_labels: [B, T], the token that follows each input token; −100 counts for nothing.
             logits_to_keep: Logits of this many last tokens are returned, 0 for all. None: all without labels; none
                 in training with labels, where [T, V] logits never exist (the loss works slice by slice).
+            loss_reduction: What `loss` is: the mean over the labels that count (0 if none does), or ("none") the loss
+                of each token [B, T] in fp32, 0 where the label counts for nothing.
         """
+        if loss_reduction not in ("mean", "none"):
+            raise ValueError(f'loss_reduction is {loss_reduction!r}; it must be "mean" or "none"')
         sequence = _sequence(input_ids, inputs_embeds)
         batch, length = sequence.shape[:2]
         if labels is not None:
@@ -206,7 +211,7 @@ class MMRecForCausalLM(MMRecPreTrainedModel, GenerationMixin):
             kept = logits_to_keep or length
         reset = document_starts(sequence, reset, attention_mask)
 
-        losses, label_counts, logits, iterations, residuals = [], [], [], [], []
+        losses, logits, iterations, residuals = [], [], [], []
         states = memory_states
         where = dict(batch=batch, device=sequence.device, dtype=self.dtype)
         for chunk in chunk_bounds(length, chunk_size, self.config, **where):
@@ -222,14 +227,15 @@ class MMRecForCausalLM(MMRecPreTrainedModel, GenerationMixin):
             iterations.append(output.solver_iterations)
             residuals.append(output.solver_residual)
             if shift_labels is not None:
-                loss, count = sliced_cross_entropy(output.last_hidden_state, shift_labels[:, chunk], self.lm_head)
-                losses.append(loss)
-                label_counts.append(count)
+                losses.append(sliced_cross_entropy(output.last_hidden_state, shift_labels[:, chunk], self.lm_head))
             wanted = min(size, kept - (length - chunk.stop))
             if wanted > 0:
                 logits.append(self.lm_head(output.last_hidden_state[:, -wanted:]))
+        loss = torch.cat(losses, dim=1) if losses else None
+        if loss is not None and shift_labels is not None and loss_reduction == "mean":
+            loss = loss.sum() / (shift_labels != IGNORE_INDEX).sum().clamp_min(1)
         return MMRecCausalLMOutput(
-            loss=torch.stack(losses).sum() / torch.stack(label_counts).sum() if losses else None,
+            loss=loss,
             logits=torch.cat(logits, dim=1) if logits else None,
             memory_states=None if use_cache is False else states,
             solver_iterations=torch.stack(iterations).mean(0),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mmrec_kernels import build_pyramid, memory_attention, select_pages
+from mmrec_kernels import RingWrites, build_pyramid, memory_attention, select_pages, slots_in_pages, update_pyramid
 from tests.kernels.test_attention import relative_error, run
 
 pytestmark = [
@@ -12,6 +12,7 @@ pytestmark = [
 ]
 
 SEGMENT = 64
+HEAD = 37  # index that a chunk's first new slot is written to
 
 
 def chunk(heads, length, slots, window, dtype, *, width=128, banks=1, documents=(), seed=0):
@@ -27,7 +28,7 @@ def chunk(heads, length, slots, window, dtype, *, width=128, banks=1, documents=
     for first in documents:
         start[first:] = slots + before[first]
         window_start[first:] = window + first
-    stamp = torch.cat([(torch.arange(slots) - 37) % slots, torch.arange(slots, slots + new)]).cuda()
+    stamp = torch.cat([(torch.arange(slots) - HEAD) % slots, torch.arange(slots, slots + new)]).cuda()
     tensors = dict(
         q=randn(1, length, heads, width).transpose(1, 2),
         slots_k=randn(1, banks, slots + new, heads // banks * width),
@@ -45,6 +46,28 @@ def chunk(heads, length, slots, window, dtype, *, width=128, banks=1, documents=
         window=window,
     )
     return tensors, options
+
+
+def in_pages(tensors, options, slots, documents, topk):
+    """`memory_attention` of a chunk's slots through the pages that its queries select."""
+    stop, new = options["slot_stop"], tensors["slots_k"].shape[2] - slots
+    before, write = stop - slots, torch.arange(new, device="cuda")[None]
+    number, completed = slots + HEAD + write, slots + HEAD + before
+    for first in documents:
+        begun = before[0, first].clone()
+        number = torch.where(write >= begun, write - begun, number)
+        completed[:, first:] = before[:, first:] - begun
+    in_all = torch.full((1,), slots + HEAD, device="cuda")
+    writes = RingWrites.of(slots, in_all, number, torch.full_like(in_all, new))
+    history = update_pyramid(build_pyramid(tensors["slots_k"][:, :, :slots]), tensors["slots_k"], writes)
+    rule = dict(slot_stop=stop, completed=completed, topk_blocks=topk)
+    pages = select_pages(tensors["q"], history, writes, **rule)
+
+    def read(slots_k, slots_v, slot_stamp, **rest):
+        paged = dict(slots_k=slots_in_pages(slots_k, writes), slots_v=slots_in_pages(slots_v, writes))
+        return memory_attention(**paged, slot_stamp=writes.page_stamp, pages=pages, **rest)
+
+    return read
 
 
 def converted(tensors, dtype):
@@ -109,22 +132,16 @@ def test_more_than_two_to_the_31_elements(monkeypatch):
 def test_same_inputs_same_bits(topk, monkeypatch):
     monkeypatch.setenv("MMREC_KERNELS", "triton")
     tensors, options = chunk(8, 3000, 512, 300, torch.bfloat16, documents=(1000,))
-    if topk:
-        rule = {name: options[name] for name in ("slot_stamp", "slot_start", "slot_stop")}
-        k = tensors["slots_k"]
-        options["pages"] = select_pages(tensors["q"], k, build_pyramid(k), **rule, topk_blocks=topk)
-    first = run(memory_attention, tensors, options)
+    read = in_pages(tensors, options, 512, (1000,), topk) if topk else memory_attention
+    first = run(read, tensors, options)
     for _ in range(100):
-        assert all(torch.equal(a, b) for a, b in zip(first, run(memory_attention, tensors, options), strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(first, run(read, tensors, options), strict=True))
 
 
 def test_selected_pages_that_cover_everything_are_everything(monkeypatch):
     monkeypatch.setenv("MMREC_KERNELS", "triton")
     tensors, options = chunk(4, 700, 64, 100, torch.float32, banks=2, documents=(300,))
-    rule = {name: options[name] for name in ("slot_stamp", "slot_start", "slot_stop")}
-    k = tensors["slots_k"]
-    pages = select_pages(tensors["q"], k, build_pyramid(k), **rule, topk_blocks=32)
     dense = run(memory_attention, tensors, options)
-    paged = run(memory_attention, tensors, options | dict(pages=pages))
+    paged = run(in_pages(tensors, options, 64, (300,), topk=16), tensors, options)
     for d, p in zip(dense, paged, strict=True):
         assert relative_error(p, d.double().cpu()) < 1e-5

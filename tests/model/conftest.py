@@ -17,6 +17,10 @@ SMALL = dict(
 )
 
 
+# 21 slots in two nodes of level 2 and six pages, of which a head reads one: short documents fill the ring, too
+TOPK = dict(read="topk", topk_blocks=1, memory_slots=21, segment_len=1)
+
+
 def small_model(seed=0, **changes):
     """An fp64 model of two layers in which every parameter matters (no gain, bias or scorer is left at zero)."""
     torch.manual_seed(seed)
@@ -28,8 +32,12 @@ def small_model(seed=0, **changes):
 
 
 @pytest.fixture
-def model():
-    return small_model()
+def model(request):
+    """A `small_model`, changed by what `both_reads` gives."""
+    return small_model(**getattr(request, "param", {}))
+
+
+both_reads = pytest.mark.parametrize("model", [{}, TOPK], ids=["dense", "topk"], indirect=True)
 
 
 def random_documents(batch, length, seed=0, probability=0.1):

@@ -32,6 +32,26 @@ def per_head_norm(x, gain, config):
     return rms_norm(x.view(config.num_heads, -1), gain, config.norm_eps).flatten()
 
 
+def read_slots(q, part, memory, config):
+    """The slots a head reads, its part of keys and values: the last M, or those of them in the best pages."""
+    visible = memory.slots[-config.memory_slots :]
+    if config.read == "topk":
+        first = len(memory.slots) - len(visible)
+        index = [(first + i) % config.memory_slots for i in range(len(visible))]  # in the ring
+        scores = [torch.dot(q[part], key[part]).item() for key, _ in visible]
+
+        def best(size, candidates):
+            """Indices in `visible`, of the best nodes of this size among those that have a candidate."""
+            nodes = {}
+            for i in candidates:
+                nodes.setdefault(index[i] // size, []).append(i)
+            ranked = sorted(nodes, key=lambda node: (-sum(scores[i] for i in nodes[node]) / len(nodes[node]), node))
+            return [i for node in ranked[: config.topk_blocks] for i in nodes[node]]
+
+        visible = [visible[i] for i in best(4, best(16, range(len(visible))))]
+    return [(key[part], value[part]) for key, value in visible]
+
+
 def layer_step(layer, x, memory, config):
     """One token x [D] through one block; changes memory."""
     mixer = layer.mixer
@@ -57,9 +77,9 @@ def layer_step(layer, x, memory, config):
     for head in range(heads):
         part = slice(head * d, (head + 1) * d)
         keys, values = [slots.null_k[head]], [slots.null_v[head]]
-        for slot_key, slot_value in memory.slots[-config.memory_slots :]:
-            keys.append(slot_key[part])
-            values.append(slot_value[part])
+        for slot_key, slot_value in read_slots(q, part, memory, config):
+            keys.append(slot_key)
+            values.append(slot_value)
         recent = memory.window[-config.short_window :] if config.short_window else []
         for age, (window_key, window_value) in enumerate(reversed(recent)):
             keys.append(reference.rotate(window_key[part], -age, config.rope_theta))

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from mmrec_train.model import MemoryState, MMRecForCausalLM
 from tests.model import literal
-from tests.model.conftest import random_documents, relative_error, small_model
+from tests.model.conftest import TOPK, both_reads, random_documents, relative_error, small_model
 
 
 def gradients(model, logits, ids):
@@ -40,15 +40,55 @@ def test_equals_the_literal_formulas_with_all_gradients(gate, changes):
         assert relative_error(gradient, expected_gradients[name]) < 1e-8, name
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(),
+        dict(memory_slots=37, topk_blocks=2, num_memories=1),
+        dict(memory_slots=16, short_window=0),
+        dict(segment_len=2, num_memories=4),
+        dict(memory_across_documents=True),
+    ],
+)
+def test_topk_equals_the_literal_selection_with_all_gradients(changes):
+    model = small_model(**TOPK | changes)
+    ids, reset = random_documents(2, 70, seed=1, probability=0.03)
+    actual = model(ids, reset=reset).logits
+    expected = literal.logits(model, ids, reset)
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+    dense = small_model(**TOPK | changes | dict(read="dense"))(ids, reset=reset).logits
+    assert relative_error(dense, expected) > 1e-4  # the selection matters
+    expected_gradients = gradients(model, expected, ids)
+    for name, gradient in gradients(model, actual, ids).items():
+        assert relative_error(gradient, expected_gradients[name]) < 1e-8, name
+
+
+@pytest.mark.parametrize("blocks", [6, 100])
+@pytest.mark.parametrize("across", [False, True])
+def test_topk_of_all_pages_is_the_dense_read(blocks, across):
+    changes = TOPK | dict(topk_blocks=blocks, memory_across_documents=across)
+    ids, reset = random_documents(2, 80, seed=2, probability=0.03)
+    results = []
+    for read in ("dense", "topk"):
+        model = small_model(**changes | dict(read=read))
+        logits, _ = run_in_chunks(model, ids, reset, [7, 50])
+        results.append((logits, gradients(model, logits, ids)))
+    (dense, dense_gradients), (topk, topk_gradients) = results
+    torch.testing.assert_close(topk, dense, rtol=1e-9, atol=1e-9)
+    for name, gradient in topk_gradients.items():
+        assert relative_error(gradient, dense_gradients[name]) < 1e-8, name
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     cuts=st.sets(st.integers(1, 47), max_size=8),
     seed=st.integers(0, 1000),
     probability=st.sampled_from([0.0, 0.05, 0.3]),
     across=st.booleans(),
+    read=st.sampled_from([{}, TOPK, TOPK | dict(segment_len=2, topk_blocks=2)]),
 )
-def test_law_of_chunks_in_fp64(cuts, seed, probability, across):
-    model = small_model(memory_across_documents=across)
+def test_law_of_chunks_in_fp64(cuts, seed, probability, across, read):
+    model = small_model(memory_across_documents=across, **read)
     ids, reset = random_documents(2, 48, seed, probability)
     whole = model(ids, reset=reset)
     logits, states = run_in_chunks(model, ids, reset, sorted(cuts))
@@ -64,8 +104,11 @@ def test_law_of_chunks_in_fp64(cuts, seed, probability, across):
 @pytest.mark.parametrize(
     "cuts", [range(1, 200), [77], [64, 128], [1, 199]], ids=["token by token", "odd", "even", "ends"]
 )
-def test_law_of_chunks_in_fp32(cuts):
-    model = small_model(hidden_dim=32, segment_len=8, memory_slots=16, short_window=16).float()
+@pytest.mark.parametrize(
+    "read", [dict(segment_len=8), TOPK | dict(segment_len=2, topk_blocks=2)], ids=["dense", "topk"]
+)
+def test_law_of_chunks_in_fp32(cuts, read):
+    model = small_model(**dict(hidden_dim=32, memory_slots=16, short_window=16) | read).float()
     ids, reset = random_documents(2, 200, seed=3, probability=0.01)
     whole = model(ids, reset=reset)
     logits, states = run_in_chunks(model, ids, reset, list(cuts))
@@ -80,19 +123,26 @@ def test_law_of_chunks_in_fp32(cuts):
 
 
 @pytest.mark.parametrize("cuts", [range(1, 96), [33], [32, 64]], ids=["token by token", "odd", "even"])
-def test_law_of_chunks_in_bf16(cuts):
-    reference = small_model(hidden_dim=32).float()
-    model = MMRecForCausalLM(reference.config).bfloat16()
-    model.load_state_dict(reference.state_dict())
-    reference.load_state_dict(model.state_dict())  # the same rounded weights
-    ids, reset = random_documents(4, 96, seed=4, probability=0.02)
-    expected = reference(ids, reset=reset).logits
-    one_pass = relative_error(model(ids, reset=reset).logits, expected)
-    assert 0 < one_pass < 0.1
-    logits, _ = run_in_chunks(model, ids, reset, list(cuts))
-    assert relative_error(logits, expected) <= 2 * one_pass
+@pytest.mark.parametrize("read", [{}, TOPK | dict(topk_blocks=3)], ids=["dense", "topk"])
+def test_law_of_chunks_in_bf16(cuts, read):
+    one_pass, in_chunks = 0.0, 0.0
+    for seed in range(4 if read else 1):  # rounding picks one of two pages with nearly equal scores: look at several
+        reference = small_model(seed, hidden_dim=32, **read).float()
+        model = MMRecForCausalLM(reference.config).bfloat16()
+        model.load_state_dict(reference.state_dict())
+        reference.load_state_dict(model.state_dict())  # the same rounded weights
+        ids, reset = random_documents(4, 96, seed + 4, probability=0.02)
+        with torch.no_grad():
+            expected = reference(ids, reset=reset).logits
+            error = relative_error(model(ids, reset=reset).logits, expected)
+            logits, _ = run_in_chunks(model, ids, reset, list(cuts))
+        assert 0 < error < 0.1
+        one_pass += error
+        in_chunks += relative_error(logits, expected)
+    assert in_chunks <= 2 * one_pass
 
 
+@both_reads
 def test_chunk_size_of_forward_changes_nothing(model):
     ids, reset = random_documents(2, 50, seed=5)
     whole = model(ids, reset=reset, labels=ids)
@@ -107,6 +157,7 @@ def test_chunk_size_of_forward_changes_nothing(model):
             model(ids, chunk_size=wrong)
 
 
+@both_reads
 def test_law_of_documents(model):
     """A document's logits alone, packed behind another one in a lane, and left-padded in a batch."""
     ids, _ = random_documents(1, 60, seed=6)
@@ -122,6 +173,7 @@ def test_law_of_documents(model):
     torch.testing.assert_close(model(padded, attention_mask=mask).logits[:, 23:], alone, rtol=1e-9, atol=1e-9)
 
 
+@both_reads
 def test_no_gradient_crosses_a_document_boundary(model):
     ids, _ = random_documents(1, 40, seed=7)
     reset = torch.zeros(1, 40, dtype=torch.bool)
@@ -146,6 +198,7 @@ def test_memory_across_documents_shows_slots_and_only_them():
     assert torch.equal(gradient[:, 18:20], torch.zeros_like(gradient[:, 18:20]))
 
 
+@both_reads
 def test_future_tokens_change_nothing(model):
     ids, reset = random_documents(2, 40, seed=9)
     logits = model(ids, reset=reset).logits

@@ -6,9 +6,9 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mmrec_train.model import PRESETS, MemoryState, MMRecConfig, MMRecForCausalLM, MMRecModel
-from mmrec_train.model.accounting import flops_per_token, parameter_count, state_bytes
+from mmrec_train.model.accounting import activation_bytes, flops_per_token, parameter_count, state_bytes
 from mmrec_train.model.chunking import chunk_bounds
-from tests.model.conftest import SMALL, random_documents, small_model
+from tests.model.conftest import SMALL, TOPK, both_reads, random_documents, small_model
 
 NAMED_SIZES = {"125m": 125e6, "350m": 350e6, "1b": 1e9, "7b": 7e9}
 
@@ -43,8 +43,8 @@ def test_7b_has_the_published_dimensions():
 
 @pytest.mark.parametrize("gate", ["dense", "headwise", "none"])
 def test_counts_follow_the_model(gate):
-    for tied in (True, False):
-        config = MMRecConfig(**SMALL, gate=gate, tie_word_embeddings=tied)
+    for tied, read in ((True, {}), (False, {}), (False, TOPK)):
+        config = MMRecConfig(**SMALL | read, gate=gate, tie_word_embeddings=tied)
         model = MMRecForCausalLM(config)
         assert parameter_count(config) == sum(p.numel() for p in model.parameters())
         states = model.model.empty_memory(3)
@@ -56,6 +56,17 @@ def test_flops_per_token_of_a_hand_counted_model():
     d, f, vocab = 16, 24, 37
     matrices = 2 * (11 * d * d + 3 * d * f + 2 * d) + vocab * d
     assert flops_per_token(config) == 6 * matrices + 12 * 2 * d * (5 + 4)
+    one_page = MMRecConfig(**SMALL | TOPK)  # attends 4 of 21 slots; scores 2 averages of 16, and 4 of 4
+    assert flops_per_token(one_page) == 6 * matrices + 12 * 2 * d * (4 + 4) + 2 * 2 * d * (2 + 4)
+    every_page = MMRecConfig(**SMALL | TOPK | dict(topk_blocks=50))
+    assert flops_per_token(every_page) == 6 * matrices + 12 * 2 * d * (21 + 4) + 2 * 2 * d * (2 + 6)
+
+
+def test_activations_of_topk_are_those_of_dense_and_the_selected_pages():
+    config = MMRecConfig(**SMALL | TOPK | dict(topk_blocks=3))
+    dense = MMRecConfig(**SMALL | TOPK | dict(read="dense"))
+    counted, without = (activation_bytes(c, 2, 100, "none", 4) for c in (config, dense))
+    assert counted - without == 2 * (2 * 100) * 3 * 4 * 8  # layers, tokens, pages, heads, bytes
 
 
 def test_initial_values():
@@ -74,6 +85,22 @@ def test_initial_values():
     torch.testing.assert_close(torch.sigmoid(one_value.decay_bias), torch.full((16,), 0.99))
 
 
+def test_coarse_levels_are_there_for_topk_only():
+    sizes = {"dense": (0, 0), "topk": (6, 2)}
+    for read, (pages, coarse) in sizes.items():
+        model = MMRecForCausalLM(MMRecConfig(**SMALL | TOPK | dict(read=read)))
+        (state, _) = model.model.empty_memory(3)
+        assert state.pages_k.shape == (3, 2, pages, 8) and state.coarse_k.shape == (3, 2, coarse, 8)
+        ids, _ = random_documents(3, 30)
+        (after, _) = model(ids, memory_states=model.model.empty_memory(3)).memory_states
+        assert [t.shape for t in after] == [t.shape for t in state]
+        assert not after.pages_k.requires_grad and after.slots_k.requires_grad
+        for level, size in ((after.pages_k, 4), (after.coarse_k, 16)):  # 30 slots of one document: all are of use
+            for node in range(level.shape[2]):
+                mean = after.slots_k[:, :, size * node : size * node + size].mean(2)
+                torch.testing.assert_close(level[:, :, node], mean)
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -84,6 +111,8 @@ def test_initial_values():
         (dict(decay_half_life=[5.0, 1.0]), "decay_half_life"),
         (dict(segment_len=0), "segment_len"),
         (dict(hidden_dim="wide"), "hidden_dim"),
+        (dict(read="sparse"), "read"),
+        (dict(read="topk", topk_blocks=0), "topk_blocks is 0; it must be at least 1"),
     ],
 )
 def test_impossible_configurations_are_refused(changes, message):
@@ -103,6 +132,32 @@ def test_losses_agree_and_training_keeps_no_logits(model):
     assert model(ids, labels=ids, logits_to_keep=2).logits.shape == (2, 2, 37)
 
 
+def test_losses_of_each_token(model, monkeypatch):
+    ids, reset = random_documents(2, 30, seed=1)
+    labels = torch.cat([ids[:, 1:], torch.full((2, 1), -100)], dim=1)
+    labels[0, 3:9] = -100
+    out = model(ids, reset=reset, shift_labels=labels)
+    expected = F.cross_entropy(out.logits.mT, labels, ignore_index=-100, reduction="none")
+    monkeypatch.setattr("mmrec_train.model.loss.LOSS_SLICE_TOKENS", 7)
+    for options in (dict(), dict(chunk_size=11), dict(logits_to_keep=1)):
+        with torch.no_grad():
+            losses = model(ids, reset=reset, shift_labels=labels, loss_reduction="none", **options).loss
+        torch.testing.assert_close(losses, expected)
+        assert (losses[labels == -100] == 0).all()
+    torch.testing.assert_close(losses.sum() / (labels != -100).sum(), out.loss)
+    by_token = model(ids, reset=reset, shift_labels=labels, loss_reduction="none").loss
+    parameters = list(model.parameters())
+    gradients = torch.autograd.grad(by_token.sum() / (labels != -100).sum(), parameters)
+    for a, e in zip(gradients, torch.autograd.grad(out.loss, parameters), strict=True):
+        torch.testing.assert_close(a, e)
+    nothing = model(ids, shift_labels=torch.full_like(ids, -100)).loss
+    assert nothing == 0 and all((g == 0).all() for g in torch.autograd.grad(nothing, parameters))
+    assert model.float()(ids, labels=ids, loss_reduction="none").loss.dtype == torch.float32
+    assert model.bfloat16()(ids, labels=ids, loss_reduction="none").loss.dtype == torch.float32
+    with pytest.raises(ValueError, match="loss_reduction is 'sum'"):
+        model(ids, labels=ids, loss_reduction="sum")
+
+
 def test_loss_slices_change_nothing(model, monkeypatch):
     ids, _ = random_documents(2, 30, seed=2)
     parameters = list(model.parameters())
@@ -112,12 +167,12 @@ def test_loss_slices_change_nothing(model, monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-9)
 
 
-@pytest.mark.parametrize("every", [1, 2])
-def test_activation_checkpointing_changes_no_bit(every):
+@pytest.mark.parametrize("every, read", [(1, {}), (2, {}), (1, TOPK)])
+def test_activation_checkpointing_changes_no_bit(every, read):
     ids, reset = random_documents(2, 30, seed=3)
     results = []
     for k in (0, every):
-        model = small_model(dropout=0.2)
+        model = small_model(dropout=0.2, **read)
         model.model.checkpoint_every = k
         model.train()
         torch.manual_seed(0)
@@ -152,6 +207,7 @@ def greedy(model, ids, steps):
     return ids
 
 
+@both_reads
 def test_generation_one_token_at_a_time_equals_recomputing_everything(model, monkeypatch):
     ids, _ = random_documents(2, 11, seed=4)
     lengths = []
@@ -169,6 +225,7 @@ def test_generation_one_token_at_a_time_equals_recomputing_everything(model, mon
     assert torch.equal(generated, greedy(model, ids, 20))
 
 
+@both_reads
 def test_left_padded_generation_equals_each_prompt_alone(model):
     long, _ = random_documents(1, 13, seed=5)
     short = long[:, :6]
@@ -180,6 +237,7 @@ def test_left_padded_generation_equals_each_prompt_alone(model):
     assert torch.equal(generated[1], greedy(model, long, 9)[0])
 
 
+@both_reads
 def test_state_has_constant_size_and_rows_can_be_picked(model):
     ids, _ = random_documents(3, 64, seed=6)
     empty = model.model.empty_memory(3)
@@ -202,6 +260,7 @@ def test_ring_overwrites_the_oldest_slot(model):
         torch.testing.assert_close(state.slots_v[:, :, number % 5], before.slots_v[:, :, number % 5])
 
 
+@both_reads
 def test_slots_and_states_are_detached_on_demand(model):
     ids, _ = random_documents(1, 24, seed=8)
     states = model(ids).memory_states
