@@ -1,15 +1,18 @@
 """Reading a prepared data set: memory-mapped documents of token ids."""
 
-from collections.abc import Mapping
-from functools import cache
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from mmrec_train.data.checksums import file_checksum, json_checksum
-from mmrec_train.data.manifest import FileInfo, Manifest, ShardInfo, Split, SplitInfo, read_manifest
+from mmrec_train.data.cache_folder import CacheSettings
+from mmrec_train.data.checksums import json_checksum
+from mmrec_train.data.manifest import FileInfo, Manifest, Split, SplitInfo, StoredFile
+from mmrec_train.data.storage import DataFolder, data_folder, is_url
 from mmrec_train.errors import UserError
+
+_BLOCK = 1 << 20  # entries checked at once
 
 
 class Places(NamedTuple):
@@ -21,14 +24,18 @@ class Places(NamedTuple):
 
 
 class SourceDocuments:
-    """One source's documents of one split, numbered 0 .. num_documents - 1 through its shards.
+    """One source's documents of one split, numbered 0 .. num_documents - 1 through its shards. For any thread.
 
     Attributes: `name`; `weight` (see `SourceInfo`); `shards`; `first_document` [shards + 1] int64, the number of each
     shard's first document; `num_documents`, `num_tokens` (bos tokens included); `fingerprint`, which depends on the
     tokens and the document bounds, not on where the data set lies or came from.
+
+    Reading raises UserError where a file is missing or damaged, or cannot be fetched.
     """
 
-    def __init__(self, folder: Path, name: str, weight: float | None, info: SplitInfo, manifest: Manifest) -> None:
+    def __init__(
+        self, folder: DataFolder, split: Split, name: str, weight: float | None, info: SplitInfo, manifest: Manifest
+    ) -> None:
         self.name = name
         self.weight = weight
         self.shards = info.shards
@@ -44,52 +51,95 @@ class SourceDocuments:
             ]
         )
         self._folder = folder
-        self._dtype = np.dtype(manifest.dtype).newbyteorder("<")
-        self.tokens = cache(self._map_tokens)
-        self.starts = cache(self._map_starts)
+        self._vocab_size = manifest.vocab_size
+        dtype = np.dtype(manifest.dtype).newbyteorder("<").str
+        self._bins = [_stored(f"{split}/{name}/{shard.name}.bin", shard.bin, dtype) for shard in info.shards]
+        self._idxs = [_stored(f"{split}/{name}/{shard.name}.idx", shard.idx, "<i8") for shard in info.shards]
+
+    def tokens(self, shard: int) -> np.ndarray:
+        """[tokens] of a shard, in the stored dtype, memory-mapped."""
+        return self._folder.array(self._bins[shard])
+
+    def starts(self, shard: int) -> np.ndarray:
+        """[documents + 1] int64, memory-mapped: where a shard's documents start, then its number of tokens."""
+        return self._folder.array(self._idxs[shard])
 
     def locate(self, documents: np.ndarray) -> Places:
         """Where `documents` lie: [n] integers in [0, num_documents)."""
         assert len(documents) == 0 or (documents.min() >= 0 and documents.max() < self.num_documents)
         shard = np.searchsorted(self.first_document, documents, side="right") - 1
+        local = documents - self.first_document[shard]
         begin = np.empty(len(documents), dtype=np.int64)
-        length = np.empty(len(documents), dtype=np.int64)
-        for number in np.unique(shard):
-            chosen = shard == number
-            local = documents[chosen] - self.first_document[number]
-            starts = self.starts(int(number))
-            begin[chosen] = starts[local]
-            length[chosen] = starts[local + 1] - begin[chosen]
-        return Places(shard, begin, length)
+        end = np.empty(len(documents), dtype=np.int64)
+        by_shard = np.argsort(shard, kind="stable")
+        numbers, firsts = np.unique(shard[by_shard], return_index=True)
+        for number, chosen in zip(numbers.tolist(), np.split(by_shard, firsts)[1:], strict=True):
+            starts = self.starts(number)
+            begin[chosen] = starts[local[chosen]]
+            end[chosen] = starts[local[chosen] + 1]
+        return Places(shard, begin, end - begin)
 
     def read(self, document: int) -> np.ndarray:
         """All tokens of one document: a read-only view, in the stored dtype."""
         shard, begin, length = (int(part[0]) for part in self.locate(np.array([document])))
         return self.tokens(shard)[begin : begin + length]
 
-    def _map_tokens(self, shard: int) -> np.ndarray:
-        """[tokens] of a shard, in the stored dtype, memory-mapped."""
-        return self._map(self.shards[shard], ".bin", self._dtype, self.shards[shard].tokens)
+    def prefetch(self, shards: Iterable[int]) -> None:
+        """Say which shards are needed next, the first of them first: in the background, remote ones are fetched."""
+        self._folder.prefetch(self, (file for shard in shards for file in (self._idxs[shard], self._bins[shard])))
 
-    def _map_starts(self, shard: int) -> np.ndarray:
-        """[documents + 1] int64, memory-mapped: where a shard's documents start, then its number of tokens."""
-        return self._map(self.shards[shard], ".idx", np.dtype("<i8"), self.shards[shard].documents + 1)
+    def damage(self, shard: int, *, contents: bool) -> Iterator[UserError]:
+        """What is wrong with a shard's files: existence and size; with `contents` checksums, starts and token ids."""
+        found = False
+        for file in (self._bins[shard], self._idxs[shard]):
+            try:
+                self._folder.check(file, contents=contents)
+            except UserError as error:
+                found = True
+                yield error
+        if contents and not found:
+            yield from self._contradictions(shard)
 
-    def _map(self, shard: ShardInfo, suffix: str, dtype: np.dtype, count: int) -> np.ndarray:
-        return np.memmap(self._folder / f"{shard.name}{suffix}", dtype=dtype, mode="r", shape=(count,))
+    def _contradictions(self, shard: int) -> Iterator[UserError]:
+        """What is wrong in files that are as they were written."""
+        index, starts, tokens = self._idxs[shard], self.starts(shard), self.tokens(shard)
+        if starts[0] != 0 or starts[-1] != len(tokens):
+            yield self._mistake(index, f"it goes from {starts[0]} to {starts[-1]}, not from 0 to {len(tokens)}")
+        for first in range(0, len(starts) - 1, _BLOCK):
+            empty = np.flatnonzero(np.diff(starts[first : first + _BLOCK + 1]) < 1)
+            if len(empty):
+                yield self._mistake(index, f"document {first + empty[0]} does not end after its start")
+                break
+        for first in range(0, len(tokens), _BLOCK):
+            unknown = np.flatnonzero(tokens[first : first + _BLOCK] >= self._vocab_size)
+            if len(unknown):
+                place = first + int(unknown[0])
+                message = f"token {place} is {tokens[place]}, in a vocabulary of {self._vocab_size}"
+                yield self._mistake(self._bins[shard], message)
+                break
+
+    def _mistake(self, file: StoredFile, message: str) -> UserError:
+        return UserError(
+            f"shard {self._folder.name}/{file.path} contradicts the manifest: {message}. What wrote the data set is at "
+            "fault; docs/data_format.md says what is expected."
+        )
+
+
+def _stored(path: str, info: FileInfo, dtype: str) -> StoredFile:
+    return StoredFile(path, info.size, info.xxh3_128, dtype)
 
 
 class TokenDataset:
-    """One split of a data set. Made by `open_dataset`.
+    """One split of a data set, its files unchecked. `open_dataset` makes one and checks it.
 
     Attributes: `manifest`; `sources` by name, in the manifest's order, those that have documents in this split;
     `num_documents`, `num_tokens` of all.
     """
 
-    def __init__(self, folder: Path, split: Split, manifest: Manifest) -> None:
+    def __init__(self, folder: DataFolder, split: Split, manifest: Manifest) -> None:
         self.manifest = manifest
         self.sources: Mapping[str, SourceDocuments] = {
-            name: SourceDocuments(folder / split / name, name, source.weight, source.splits[split], manifest)
+            name: SourceDocuments(folder, split, name, source.weight, source.splits[split], manifest)
             for name, source in manifest.sources.items()
             if split in source.splits
         }
@@ -97,51 +147,24 @@ class TokenDataset:
         self.num_tokens = sum(source.num_tokens for source in self.sources.values())
 
 
-def open_dataset(path: str | Path, split: Split, *, verify: bool) -> TokenDataset:
-    """Open one split of a data set made by `launch/prepare_data.py`.
+def open_dataset(path: str | Path, split: Split, *, verify: bool, cache: CacheSettings | None = None) -> TokenDataset:
+    """Open one split of a data set: a local folder, or any URL that fsspec reads.
 
-    Existence and size of every shard are always checked; `verify` also compares all checksums, which reads every
-    byte. Raises UserError for a missing, truncated or (with `verify`) corrupt shard, a split without documents,
-    and a folder that is not a data set.
+    In a local folder, existence and size of every shard are checked; `verify` also compares all checksums and looks
+    into the indices, which reads every byte. From a URL only the manifest is read, whatever `verify` says: a shard is
+    verified when it arrives in `cache`. Raises UserError for a missing, truncated or (with `verify`) corrupt shard,
+    a split without documents, and what is not a data set.
     """
-    folder = Path(path)
-    manifest = read_manifest(folder)
+    folder = data_folder(path, cache)
+    manifest = folder.manifest()
     if not any(split in source.splits for source in manifest.sources.values()):
         raise UserError(
-            f"{folder} has no {split} documents. Prepare it again with more documents"
+            f"{folder.name} has no {split} documents. Prepare it again with more documents"
             + (" and --validation-fraction above 0." if split == "validation" else ".")
         )
-    for name, source in manifest.sources.items():
-        for shard in source.splits[split].shards if split in source.splits else ():
-            stem = folder / split / name / shard.name
-            _check_counts(stem, shard, np.dtype(manifest.dtype).itemsize)
-            for suffix, expected in ((".bin", shard.bin), (".idx", shard.idx)):
-                _check_file(stem.with_name(stem.name + suffix), expected, verify=verify)
-    return TokenDataset(folder, split, manifest)
-
-
-def _check_counts(stem: Path, shard: ShardInfo, itemsize: int) -> None:
-    for suffix, size, count, width in (
-        (".bin", shard.bin.size, shard.tokens, itemsize),
-        (".idx", shard.idx.size, shard.documents + 1, 8),
-    ):
-        if size != count * width:
-            raise UserError(
-                f"{stem}{suffix} holds {size} bytes, but {count} entries of {width} bytes follow "
-                "from the manifest, which is damaged. Prepare the data set again."
-            )
-
-
-def _check_file(path: Path, expected: FileInfo, *, verify: bool) -> None:
-    remedy = "Copy the data set again from where it was whole, or prepare it again."
-    try:
-        size = path.stat().st_size
-        if size != expected.size:
-            what = "truncated" if size < expected.size else "too long"
-            raise UserError(f"shard {path} is {what}: {size} bytes, the manifest says {expected.size}. {remedy}")
-        if verify and file_checksum(path) != expected.xxh3_128:
-            raise UserError(f"shard {path} is corrupt: its checksum is not the manifest's. {remedy}")
-    except FileNotFoundError:
-        raise UserError(f"shard {path} is missing, though the manifest lists it. {remedy}") from None
-    except OSError as error:
-        raise UserError(f"cannot read shard {path}: {error.strerror or error}. {remedy}") from error
+    dataset = TokenDataset(folder, split, manifest)
+    for source in dataset.sources.values():
+        for shard in range(len(source.shards)):
+            for problem in source.damage(shard, contents=verify and not is_url(path)):
+                raise problem
+    return dataset

@@ -10,15 +10,16 @@ Each document is stored as [bos] + its tokens.
 """
 
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final, Literal, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from mmrec_train.errors import UserError
 
 FORMAT: Final = 2
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer"
+COPY_REMEDY = "Copy the data set again from where it was whole, or prepare it again."
 
 Split = Literal["train", "validation"]
 Dtype = Literal["uint16", "uint32"]
@@ -29,11 +30,20 @@ class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
+class StoredFile(NamedTuple):
+    """A file of a data set, as a reader needs it: path in the data set, bytes, xxh3_128, NumPy dtype of its entries."""
+
+    path: str
+    size: int
+    checksum: str
+    dtype: str
+
+
 class FileInfo(_Record):
     """Size in bytes and checksum of one file."""
 
-    size: int
-    xxh3_128: str
+    size: int = Field(ge=1)
+    xxh3_128: str = Field(pattern=r"^[0-9a-f]{32}$")  # it names the file in a cache, too
 
 
 class ShardInfo(_Record):
@@ -45,6 +55,15 @@ class ShardInfo(_Record):
     bin: FileInfo
     idx: FileInfo
 
+    @model_validator(mode="after")
+    def _index_has_all_documents(self) -> Self:
+        _require(self.documents <= self.tokens, f"{self.documents} documents of {self.tokens} tokens")
+        _require(
+            self.idx.size == (self.documents + 1) * 8,
+            f"an idx of {self.idx.size} bytes, where {self.documents} documents need {(self.documents + 1) * 8}",
+        )
+        return self
+
 
 class SplitInfo(_Record):
     """One source's part of a split: the sums over its shards, and the shards in the order of their documents."""
@@ -52,6 +71,14 @@ class SplitInfo(_Record):
     documents: int = Field(ge=1)
     tokens: int = Field(ge=1)
     shards: tuple[ShardInfo, ...] = Field(strict=False, min_length=1)
+
+    @model_validator(mode="after")
+    def _sums_are_right(self) -> Self:
+        _require(len({shard.name for shard in self.shards}) == len(self.shards), "two shards of one name")
+        for key in ("documents", "tokens"):
+            total = sum(getattr(shard, key) for shard in self.shards)
+            _require(getattr(self, key) == total, f"{getattr(self, key)} {key}, but its shards hold {total}")
+        return self
 
 
 class SourceInfo(_Record):
@@ -79,6 +106,27 @@ class Manifest(_Record):
     preparation: dict[str, JsonValue] = Field(description="what was asked for all sources together")
     sources: dict[SourceName, SourceInfo] = Field(min_length=1)
 
+    @model_validator(mode="after")
+    def _tokens_fit(self) -> Self:
+        width = 2 if self.dtype == "uint16" else 4
+        _require(1 <= self.vocab_size <= 1 << (8 * width), f"a vocabulary of {self.vocab_size} in {self.dtype}")
+        for name, token in (("bos_id", self.bos_id), ("eos_id", self.eos_id)):
+            _require(0 <= token < self.vocab_size, f"{name} {token} in a vocabulary of {self.vocab_size}")
+        for name, source in self.sources.items():
+            for split, info in source.splits.items():
+                for shard in info.shards:
+                    _require(
+                        shard.bin.size == shard.tokens * width,
+                        f"{split}/{name}/{shard.name}.bin of {shard.bin.size} bytes, "
+                        f"where {shard.tokens} tokens of {self.dtype} need {shard.tokens * width}",
+                    )
+        return self
+
+
+def _require(holds: bool, contradiction: str) -> None:
+    if not holds:
+        raise ValueError(f"it contradicts itself: {contradiction}")
+
 
 def write_manifest(folder: Path, manifest: Manifest) -> Path:
     path = folder / MANIFEST_NAME
@@ -99,9 +147,10 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def not_prepared(folder: str) -> UserError:
+    out = "FOLDER" if "://" in folder else folder
     return UserError(
         f"{folder} is not a prepared data set: it has no {MANIFEST_NAME}. "
-        f"Make one with: python launch/prepare_data.py --source ... --out {folder}"
+        f"Make one with: python launch/prepare_data.py --source ... --out {out}"
     )
 
 
@@ -112,7 +161,8 @@ def parse_manifest(text: str, path: str) -> Manifest:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"]) or "the file"
+        problem = first["msg"].removeprefix("Value error, ")
         raise UserError(
-            f"{path}: {key}: {first['msg']}. The manifest is damaged or of another version "
+            f"{path}: {key}: {problem}. The manifest is damaged or of another version "
             f"(this one reads format {FORMAT}). Remove the data set and prepare it again."
         ) from None

@@ -45,7 +45,7 @@ def write_documents(
         dtype=dtype,
         bos_id=EOS,
         eos_id=EOS,
-        vocab_size=1 << 16,
+        vocab_size=max(1 << 16, 1 + max(max(document) for texts in sources.values() for document in texts)),
         tokenizer_fingerprint="0" * 32,
         preparation={},
         sources=infos,
