@@ -17,7 +17,7 @@ from rich.table import Table
 from mmrec_train.data import open_dataset
 from mmrec_train.data.tokenizer import fingerprint
 from mmrec_train.errors import EXIT_OK, EXIT_USER_ERROR, UserError
-from mmrec_train.evaluation import Evaluation, evaluate, perplexity
+from mmrec_train.evaluation import Evaluation, combine, evaluate, perplexity
 from mmrec_train.pretrained import default_device, load_pretrained
 
 
@@ -25,16 +25,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run with command-line `arguments` (default: the process's own); returns the exit code."""
     options = _parse_arguments(arguments)
     try:
-        evaluation = _evaluate(options)
+        evaluations = _evaluate(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     if options.json:
-        print(json.dumps(_as_json(options, evaluation), allow_nan=False))
+        print(json.dumps(_as_json(options, evaluations), allow_nan=False))
     else:
         console = Console(highlight=False)
         console.print(f"{options.checkpoint} on {options.data} ({options.split})", soft_wrap=True, markup=False)
-        console.print(_table(evaluation))
+        for name, evaluation in evaluations.items():
+            console.print(_table(evaluation, name if len(evaluations) > 1 else None))
+        if len(evaluations) > 1:
+            console.print(_table(combine(evaluations.values()), "all sources"))
     return EXIT_OK
 
 
@@ -47,16 +50,16 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="RUN_OR_DIR",
         help="a run folder (its newest complete checkpoint), a checkpoint, or a Hugging Face folder made by export.py",
     )
-    parser.add_argument("--data", required=True, type=Path, help="folder made by prepare_data.py")
+    parser.add_argument("--data", required=True, help="folder made by prepare_data.py, or the URL of one")
     parser.add_argument("--split", choices=["validation", "train"], default="validation")
-    parser.add_argument("--tokens", type=int, help="evaluate the beginning of the split only (default: all of it)")
+    parser.add_argument("--tokens", type=int, help="of each source evaluate the first so many only (default: all)")
     parser.add_argument("--chunk-len", type=int, default=1024, help="tokens processed at a time (default: 1024)")
     parser.add_argument("--batch", type=int, default=8, help="lanes processed side by side (default: 8)")
     parser.add_argument("--json", action="store_true", help="print a JSON object instead of a table")
     return parser.parse_args(arguments)
 
 
-def _evaluate(options: argparse.Namespace) -> Evaluation:
+def _evaluate(options: argparse.Namespace) -> dict[str, Evaluation]:
     for flag, value in (("--tokens", options.tokens), ("--chunk-len", options.chunk_len), ("--batch", options.batch)):
         if value is not None and value < 1:
             raise UserError(f"{flag} is {value}; it must be at least 1")
@@ -72,7 +75,8 @@ def _evaluate(options: argparse.Namespace) -> Evaluation:
             f"--tokenizer {folder}"
         )
     try:
-        with _progress_bar(min(options.tokens or dataset.num_tokens, dataset.num_tokens)) as on_progress:
+        counts = [source.num_tokens for source in dataset.sources.values()]
+        with _progress_bar(sum(min(options.tokens or count, count) for count in counts)) as on_progress:
             return evaluate(
                 model,
                 dataset,
@@ -93,8 +97,8 @@ def _progress_bar(total: int) -> Iterator[Callable[[int], None]]:
         yield lambda tokens: bar.update(task, completed=tokens)
 
 
-def _table(evaluation: Evaluation) -> Table:
-    table = Table()
+def _table(evaluation: Evaluation, title: str | None) -> Table:
+    table = Table(title=title, title_justify="left")
     for column in ("position", "tokens", "loss", "perplexity"):
         table.add_column(column, justify="right")
     for bucket in evaluation.by_position:
@@ -115,17 +119,20 @@ def _add_row(table: Table, position: str, tokens: int, loss: float) -> None:
     table.add_row(position, f"{tokens:,}", f"{loss:.4f}", f"{perplexity(loss):.2f}")
 
 
-def _as_json(options: argparse.Namespace, evaluation: Evaluation) -> dict[str, Any]:
+def _as_json(options: argparse.Namespace, evaluations: dict[str, Evaluation]) -> dict[str, Any]:
+    everything = combine(evaluations.values())
     return {
         "checkpoint": str(options.checkpoint),
         "data": str(options.data),
         "split": options.split,
-        **_numbers(evaluation.tokens, evaluation.loss),
-        "by_position": [
-            {"start": bucket.start, "stop": bucket.stop, **_numbers(bucket.tokens, bucket.loss)}
-            for bucket in evaluation.by_position
-        ],
+        **_result(everything),
+        "sources": {name: _result(evaluation) for name, evaluation in evaluations.items()},
     }
+
+
+def _result(evaluation: Evaluation) -> dict[str, Any]:
+    buckets = [{"start": b.start, "stop": b.stop, **_numbers(b.tokens, b.loss)} for b in evaluation.by_position]
+    return {**_numbers(evaluation.tokens, evaluation.loss), "by_position": buckets}
 
 
 def _numbers(tokens: int, loss: float) -> dict[str, int | float | None]:

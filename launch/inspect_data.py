@@ -241,7 +241,7 @@ def _show_lane(options: argparse.Namespace, config: RunConfig | None, console: C
         dataset = training_data(config, verify=False)
         settings = stream_settings(config)
         lanes, chunk_len = config.train.global_batch_size, config.data.chunk_len
-        tokenizer = load_tokenizer(config.data.path)
+        tokenizer = load_tokenizer(config.data.path, cache_settings(config))
     if not 0 <= options.lane < lanes:
         raise UserError(f"--lane {options.lane}: there are lanes 0 to {lanes - 1}")
     pieces = lane_pieces(dataset, settings, num_lanes=lanes, chunk_len=chunk_len, lane=options.lane, step=options.step)

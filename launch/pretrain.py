@@ -40,12 +40,14 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 def dry_run(config: RunConfig) -> None:
     """Prints what a run would be. Starts nothing, writes nothing."""
     from mmrec_train.config.preflight import describe
-    from mmrec_train.data import open_dataset
+    from mmrec_train.config.stream import training_data, validation_sets
 
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     check_machine(config)
-    vocab_size = open_dataset(config.data.path, "train", verify=False).manifest.vocab_size
-    model_config = config.model.to_model_config(vocab_size)
+    train_data = training_data(config, verify=False)
+    if config.train.validate_every:
+        validation_sets(config, train_data, verify=False)
+    model_config = config.model.to_model_config(train_data.manifest.vocab_size)
     deepspeed_config(config, world_size, model_config)
     if int(os.environ.get("RANK", 0)) == 0:
         print(describe(config, model_config, world_size))

@@ -1,16 +1,17 @@
 """Loss of a model on a prepared data set, as a whole and by position in the document."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
-from mmrec_train.data import LaneLoader, TokenDataset
+from mmrec_train.data import Chunk, LaneLoader, TokenDataset
+from mmrec_train.data.lanes import NO_LABEL, Span, StreamSettings
+from mmrec_train.data.views import SourceHead, head
 from mmrec_train.model import MMRecForCausalLM
-from mmrec_train.model.accounting import LOSS_SLICE_TOKENS
 
 POSITION_EDGES = (0, 1 << 10, 8 << 10, 32 << 10, 100 << 10)  # tokens; where each bucket begins, the last has no end
 
@@ -24,6 +25,13 @@ class Bucket:
     tokens: int
     loss: float
 
+    @property
+    def name(self) -> str:
+        """The positions in units of 1024 tokens, like the edges: 0-1K, 100K+."""
+        if self.stop is None:
+            return f"{self.start >> 10}K+"
+        return f"{self.start >> 10}-{self.stop >> 10}K"
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -33,13 +41,27 @@ class Evaluation:
     loss: float
     by_position: tuple[Bucket, ...]
 
+    @classmethod
+    def of(cls, totals: Tensor) -> Self:
+        """From [2, buckets]: tokens and sums of their losses by position, in the order of POSITION_EDGES."""
+        tokens, losses = totals.tolist()
+        stops = (*POSITION_EDGES[1:], None)
+        return cls(
+            tokens=int(sum(tokens)),
+            loss=sum(losses) / sum(tokens),
+            by_position=tuple(
+                Bucket(start, stop, int(count), total / count)
+                for start, stop, count, total in zip(POSITION_EDGES, stops, tokens, losses, strict=True)
+                if count
+            ),
+        )
+
 
 def perplexity(loss: float) -> float:
     """exp(loss), which a loss beyond 700 nats would overflow."""
     return math.exp(min(loss, 700.0))
 
 
-@torch.inference_mode()
 def evaluate(
     model: MMRecForCausalLM,
     dataset: TokenDataset,
@@ -48,93 +70,122 @@ def evaluate(
     batch: int,
     tokens: int | None = None,
     on_progress: Callable[[int], None] = lambda counted: None,
-) -> Evaluation:
-    """Mean next-token loss over a split, in its own order; each token once, memory carried from chunk to chunk.
+) -> dict[str, Evaluation]:
+    """Mean next-token loss of each source of a split; each token once, memory carried from chunk to chunk.
 
     A token's loss is that of predicting what follows it: the next token of its document, eos after the last. Neither
     `chunk_len` nor `batch` changes the result, unless the model keeps memory across documents.
 
     Args:
+        model: In evaluation mode.
         chunk_len: Tokens of a lane that are processed at a time.
         batch: Lanes, each a continuous stream of documents.
-        tokens: Stop with the chunks that reach this many; None for the whole split.
+        tokens: Of each source the first so many, in stored order; None for all.
         on_progress: Called after each chunk with the number of tokens so far.
     """
-    loader = LaneLoader(
-        dataset,
-        num_lanes=batch,
-        chunk_len=chunk_len,
-        seed=0,
-        rank=0,
-        world_size=1,
-        micro_batch_size=batch,
-        shuffle=False,
-    )
-    wanted = dataset.num_tokens if tokens is None else min(tokens, dataset.num_tokens)
-    places = _Places(batch)
-    lanes = torch.arange(batch)  # those that still read tokens of the first epoch
-    memories = model.model.empty_memory(batch)
-    counts = torch.zeros(len(POSITION_EDGES), dtype=torch.int64)
-    sums = torch.zeros(len(POSITION_EDGES), dtype=torch.float64)
-    while (counted := int(counts.sum())) < wanted:
-        [chunk] = loader.next_step()
-        position, document = places.advance(chunk.reset)
-        first_epoch = document < dataset.num_documents
-        going_on = first_epoch[lanes].any(1)
-        if not going_on.all():
-            memories = tuple(state.rows(going_on.nonzero().squeeze(1).to(model.device)) for state in memories)
-            lanes = lanes[going_on]
-        input_ids, labels, reset = (t[lanes].to(model.device) for t in chunk)
-        output = model.model(input_ids=input_ids, memory_states=memories, reset=reset)
-        memories = output.memory_states
-        losses = token_losses(output.last_hidden_state, labels, model.lm_head).cpu().double()
-        counts_here = first_epoch[lanes]
-        bucket = torch.bucketize(position[lanes][counts_here], torch.tensor(POSITION_EDGES[1:]), right=True)
-        counts += torch.bincount(bucket, minlength=len(POSITION_EDGES))
-        sums += torch.bincount(bucket, weights=losses[counts_here], minlength=len(POSITION_EDGES))
-        on_progress(int(counts.sum()))
-    stops = (*POSITION_EDGES[1:], None)
-    return Evaluation(
-        tokens=counted,
-        loss=sums.sum().item() / counted,
-        by_position=tuple(
-            Bucket(start, stop, int(count), total.item() / int(count))
-            for start, stop, count, total in zip(POSITION_EDGES, stops, counts, sums, strict=True)
-            if count
-        ),
-    )
+    done = 0
+    evaluations = {}
+    for name in dataset.sources:
+        lanes = FixedLanes(head(dataset, name, tokens), chunk_len=chunk_len, batch=batch)
+        total = torch.zeros(2, len(POSITION_EDGES), dtype=torch.float64)
+        for part in losses_by_position(model, lanes, model.device):
+            total += part.cpu()
+            on_progress(done + int(total[0].sum()))
+        evaluations[name] = Evaluation.of(total)
+        done += evaluations[name].tokens
+    return evaluations
 
 
-def token_losses(hidden: Tensor, labels: Tensor, head: nn.Module) -> Tensor:
-    """The cross-entropy of each token in nats, fp32: hidden [B, T, D] and labels [B, T] -> [B, T].
+def combine(evaluations: Iterable[Evaluation]) -> Evaluation:
+    """That of all the tokens together."""
+    total = torch.zeros(2, len(POSITION_EDGES), dtype=torch.float64)
+    for evaluation in evaluations:
+        for bucket in evaluation.by_position:
+            sums = torch.tensor([bucket.tokens, bucket.tokens * bucket.loss], dtype=total.dtype)
+            total[:, POSITION_EDGES.index(bucket.start)] += sums
+    return Evaluation.of(total)
 
-    The logits of a slice of tokens exist at a time.
+
+class FixedLanes(LaneLoader):
+    """One rank's lanes through one source from its first document to its last, once: always the same tokens.
+
+    Args:
+        dataset: What `head` made.
+        batch: Lanes of each rank.
     """
-    slices = zip(hidden.flatten(0, 1).split(LOSS_SLICE_TOKENS), labels.flatten().split(LOSS_SLICE_TOKENS), strict=True)
-    losses = [F.cross_entropy(head(x).float(), y, reduction="none") for x, y in slices]
-    return torch.cat(losses).view_as(labels)
 
+    def __init__(
+        self, dataset: TokenDataset, *, chunk_len: int, batch: int, rank: int = 0, world_size: int = 1
+    ) -> None:
+        [(name, source)] = dataset.sources.items()
+        assert isinstance(source, SourceHead)
+        super().__init__(
+            dataset,
+            StreamSettings(order="stored", epochs={name: 1}),
+            num_lanes=batch * world_size,
+            chunk_len=chunk_len,
+            micro_batch_size=batch,
+            rank=rank,
+            world_size=world_size,
+        )
+        self._source = source
+        self._own = slice(rank * batch, (rank + 1) * batch)
+        self._spans: list[list[Span]] = []
 
-class _Places:
-    """Follows lanes of documents by their resets."""
+    def advance(self) -> list[list[Span]]:
+        self._spans = super().advance()
+        return self._spans
 
-    def __init__(self, lanes: int) -> None:
-        self._position = torch.zeros(lanes, dtype=torch.int64)
-        self._document = torch.zeros(lanes, dtype=torch.int64)
-        self._started = 0
+    def __iter__(self) -> Iterator[tuple[Chunk, Tensor]]:
+        """Chunks and the position of each of their tokens in its document [b, T], int64.
 
-    def advance(self, reset: Tensor) -> tuple[Tensor, Tensor]:
-        """Of each token of the lanes' next chunk [lanes, T]: position in its document, and how many-th that one is.
-
-        Documents are numbered as they are taken from the queue, through all epochs: the loader serves the lanes in
-        order, so within a chunk they start in the order in which the flattened `reset` is read.
+        Every rank has the same number of them; labels are `NO_LABEL` after the end.
         """
-        token = torch.arange(reset.shape[1])
-        newest = torch.where(reset, token, -1).cummax(1).values  # the start of the token's document, −1: an earlier one
-        carried = newest < 0
-        position = torch.where(carried, self._position.unsqueeze(1) + token, token - newest)
-        number = self._started - 1 + reset.flatten().cumsum(0).view_as(reset)
-        document = torch.where(carried, self._document.unsqueeze(1), number)
-        self._position, self._document = position[:, -1] + 1, document[:, -1]
-        self._started += int(reset.sum())
-        return position, document
+        while True:
+            try:
+                [chunk] = self.next_step()
+            except StopIteration:
+                return
+            position = torch.zeros_like(chunk.input_ids)
+            for row, spans in enumerate(self._spans[self._own]):
+                end = 0
+                for span in spans:
+                    begin, end = end, end + span.stop - span.start
+                    position[row, begin:end] = torch.arange(span.start, span.stop)
+                    if span.stop == span.length and (label := self._source.label_at_end(span.document)) is not None:
+                        chunk.labels[row, end - 1] = label
+            yield chunk, position
+
+
+@torch.no_grad()
+def losses_by_position(model: Callable[..., Any], lanes: FixedLanes, device: torch.device) -> Iterator[Tensor]:
+    """Of each chunk of the lanes: tokens and sums of their losses by position, [2, buckets] float64 on the device.
+
+    The model is called once a chunk, on every rank. Lanes that have run out are left out, all but one.
+    """
+    rows: Tensor | None = None  # the lanes that go on
+    memories = None
+    edges = torch.tensor(POSITION_EDGES[1:])
+    for chunk, position in lanes:
+        rows = torch.arange(len(position)) if rows is None else rows
+        going_on = (chunk.labels[rows] != NO_LABEL).any(1)
+        if not going_on.all():
+            going_on[0] |= not going_on.any()
+            kept = going_on.nonzero().squeeze(1).to(device)
+            memories = None if memories is None else tuple(state.rows(kept) for state in memories)
+            rows = rows[going_on]
+        input_ids, labels, reset = (t[rows].to(device) for t in chunk)
+        output = model(
+            input_ids=input_ids,
+            shift_labels=labels,
+            reset=reset,
+            memory_states=memories,
+            loss_reduction="none",
+            logits_to_keep=1,  # logits are not needed; with the loss that is the fewest
+        )
+        memories = output.memory_states
+        bucket = torch.bucketize(position[rows], edges, right=True).to(device)
+        counted = labels != NO_LABEL
+        inside = (bucket.unsqueeze(-1) == torch.arange(len(POSITION_EDGES), device=device)) & counted.unsqueeze(-1)
+        losses = output.loss.double().unsqueeze(-1)
+        yield torch.stack([inside.sum((0, 1)).double(), torch.where(inside, losses, 0.0).sum((0, 1))])

@@ -20,6 +20,12 @@ def combination_problems(config: RunConfig) -> Iterator[Problem]:
             f"schedule.warmup_steps {config.schedule.warmup_steps} leaves nothing of "
             f"train.steps {train.steps}; lower it, or raise train.steps",
         )
+    if config.data.sequence_len is not None and config.model.memory_across_documents:
+        yield Problem(
+            config.mark("data.sequence_len"),
+            "data.sequence_len makes lanes forget, and model.memory_across_documents makes them remember; "
+            "leave one of them out",
+        )
 
 
 def check_world(config: RunConfig, world_size: int) -> int:

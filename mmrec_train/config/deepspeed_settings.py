@@ -22,7 +22,8 @@ def deepspeed_config(config: RunConfig, world_size: int, model_config: "MMRecCon
     `model_config` is the model that will be trained; it sizes the NVMe buffers where the file says "auto".
     Raises UserError on a file that is wrong by itself or contradicts the run configuration.
     """
-    accumulation = check_world(config, world_size)
+    # every chunk of a window has a backward pass of its own: to DeepSpeed, one more micro-batch to accumulate
+    accumulation = check_world(config, world_size) * config.data.window_chunks
     raise_problems(deepspeed_file.problems(config))
     settings = {key: value for key, value in deepspeed_file.read(config, []).plain().items() if key not in OWNED}
     zero = settings["zero_optimization"] = settings.get("zero_optimization") or {}
@@ -30,7 +31,7 @@ def deepspeed_config(config: RunConfig, world_size: int, model_config: "MMRecCon
     train = config.train
     settings = {"steps_per_print": STEPS_PER_PRINT, "wall_clock_breakdown": False} | _without_auto(settings)
     settings |= {
-        "train_batch_size": train.global_batch_size,
+        "train_batch_size": train.global_batch_size * config.data.window_chunks,
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_accumulation_steps": accumulation,
         "bf16": {"enabled": train.precision == "bf16"},

@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -24,6 +24,8 @@ from mmrec_train.config.marked_yaml import (
 from mmrec_train.config.schema import ModelSection, Origin, RunConfig
 from mmrec_train.config.suggest import did_you_mean, nearest
 from mmrec_train.errors import UserError
+
+ANY_NAME = "NAME"  # in a dotted key, for a name that the user gives
 
 
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConfig:
@@ -156,7 +158,7 @@ def _nearest_key(path: KeyPath) -> str:
     by_name: dict[str, list[str]] = {}
     for key in descriptions():
         by_name.setdefault(key.rpartition(".")[2], []).append(key)
-    siblings = {name: key for name, keys in by_name.items() for key in keys if key.split(".")[:-1] == section}
+    siblings = {name: key for name, keys in by_name.items() for key in keys if _is_in(key.split(".")[:-1], section)}
     match: str | None
     if word in by_name:
         meant = by_name[word]
@@ -167,6 +169,10 @@ def _nearest_key(path: KeyPath) -> str:
     else:
         return f"valid: {', '.join(siblings)}"
     return f"did you mean {' or '.join(repr(key) for key in meant)}?"
+
+
+def _is_in(pattern: list[str], section: list[str]) -> bool:
+    return len(pattern) == len(section) and all(p in (ANY_NAME, s) for p, s in zip(pattern, section, strict=True))
 
 
 def descriptions() -> dict[str, str]:
@@ -180,6 +186,16 @@ def _fields(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, str]]:
         yield key, field.description or ""
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from _fields(field.annotation, f"{key}.")
+        for named in _named_sections(field.annotation):
+            yield from _fields(named, f"{key}.{ANY_NAME}.")
+
+
+def _named_sections(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The section that a dictionary from names to sections holds, anywhere in a field's type."""
+    for argument in get_args(annotation):
+        if get_origin(annotation) is dict and isinstance(argument, type) and issubclass(argument, BaseModel):
+            yield argument
+        yield from _named_sections(argument)
 
 
 def _show(value: Any) -> str:

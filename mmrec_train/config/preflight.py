@@ -92,7 +92,8 @@ def describe(config: RunConfig, model_config: "MMRecConfig", world_size: int) ->
     """What `--dry-run` prints: the resolved configuration, the size of the run and the estimate, as plain text."""
     from mmrec_train.model import accounting
 
-    step_tokens = config.train.global_batch_size * config.data.chunk_len
+    step_tokens = config.tokens_per_step
+    window = config.data.window_chunks
     table = Table(title=f"Estimate for each of {world_size} ranks, GB (10⁹ bytes)", title_justify="left")
     for heading in ("", "GPU", "host", "of it pinned", "NVMe"):
         table.add_column(heading, justify="right" if heading else "left")
@@ -109,7 +110,8 @@ def describe(config: RunConfig, model_config: "MMRecConfig", world_size: int) ->
             f"vocabulary        {model_config.vocab_size:,}",
             f"steps             {config.train.steps:,}",
             f"tokens            {config.train.steps * step_tokens:,} ({step_tokens:,} a step)",
-            f"micro-batches     {check_world(config, world_size)} a step and rank",
+            f"micro-batches     {check_world(config, world_size)} a step and rank"
+            + (f", each of {window} chunks" if window > 1 else ""),
             f"FLOPs             {accounting.flops_per_token(model_config):.3e} a token",
             "",
             text.getvalue(),

@@ -4,7 +4,9 @@ What one field allows is said here. What several fields, the DeepSpeed file, the
 of each other is in `checks.py` and `deepspeed_file.py`.
 """
 
+import itertools
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -36,6 +38,46 @@ def _every_kth_layer(value: Any) -> Any:
     raise ValueError("must be 'none', 'full' or a number k ≥ 1 (every k-th layer)")
 
 
+def _set_names(value: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A validation set's name is a part of the names of its metrics, between slashes."""
+    for name in value or ():
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+            raise ValueError(f"a set's name is made of letters, digits, _ . and -, unlike {name!r}")
+    return value
+
+
+def _sequence_len(value: Any) -> Any:
+    """`data.sequence_len` with its curriculum checked and every stage named: {step, tokens}."""
+    if value is None or _is_count(value):
+        return value
+    stages = value if isinstance(value, list | tuple) else []
+    right = [
+        isinstance(stage, dict)
+        and stage.keys() == {"step", "tokens"}
+        and type(stage["step"]) is int
+        and (stage["tokens"] is None or _is_count(stage["tokens"]))
+        for stage in stages
+    ]
+    if not right or not all(right):
+        raise ValueError(
+            "must be null, a number of tokens ≥ 1, or a list of stages {step: STEP, tokens: TOKENS or null}"
+        )
+    steps = [stage["step"] for stage in stages]
+    if steps[0] != 0 or any(later <= earlier for earlier, later in itertools.pairwise(steps)):
+        raise ValueError("the first stage must be that of step 0, and steps must rise")
+    return [dict(stage) for stage in stages]
+
+
+def _not_empty(value: dict[str, Any] | None) -> dict[str, Any] | None:
+    if value == {}:
+        raise ValueError("must name a source, or be null for all of them")
+    return value
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 1
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -61,6 +103,8 @@ class ModelSection(Section):
     )
     decay_init: float | None = Field(None, description="one decay γ for all channels instead of half-lives")
     dropout: float | None = Field(None, description="dropout of the mixer's and the feed-forward's output")
+    read: Literal["dense", "topk"] | None = Field(None, description="slots a token attends: all, or the best pages")
+    topk_blocks: Count | None = Field(None, description="read topk: nodes a head descends into, and pages it reads")
     memory_across_documents: bool | None = Field(None, description="keep slots visible beyond a document's end")
     tie_word_embeddings: bool | None = Field(None, description="share the embedding with the output head")
     solver_tolerance: float | None = Field(None, description="relative change at which the recurrence's solver stops")
@@ -90,13 +134,49 @@ class ModelSection(Section):
             raise UserError(f"model: {error}") from error
 
 
-class DataSection(Section):
-    """What is trained on."""
+class SourceSection(Section):
+    """How much is read of one source of the data set."""
 
-    path: PathText = Field(description="folder made by launch/prepare_data.py")
-    chunk_len: Count = Field(8192, description="tokens of a lane in one step; memory is carried to the next step")
+    weight: Positive | None = Field(None, description="relative share of the tokens; null: the data set's own weight")
+    epochs: Count | None = Field(None, description="passes over the source, which then is exhausted; null: without end")
+
+
+class DataSection(Section):
+    """What is trained on, and in which order."""
+
+    path: PathText = Field(description="folder made by launch/prepare_data.py, or the URL of one")
+    chunk_len: Count = Field(8192, description="tokens of a lane at a time; memory is carried to the next ones")
     seed: Index = Field(0, description="seed of the order of the documents")
-    order: Literal["shuffled"] = Field("shuffled", description="order of the documents: a new permutation each epoch")
+    order: Literal["shuffled", "by_length"] = Field(
+        "shuffled",
+        description="order of the documents: shuffled, a new permutation each epoch; by_length, the same with "
+        "documents longer than a chunk spread evenly over the lanes",
+    )
+    sources: Annotated[dict[str, SourceSection] | None, AfterValidator(_not_empty)] = Field(
+        None, description="sources to train on, and no others; null: all, with the data set's weights"
+    )
+    shuffle_shards: Count | None = Field(
+        None, description="shards of a source whose documents are shuffled together; null: all of them"
+    )
+    window_chunks: Count = Field(
+        1, description="chunks of a lane in one optimizer step, each with a backward pass of its own"
+    )
+    sequence_len: Annotated[int | list[dict[str, int | None]] | None, PlainValidator(_sequence_len)] = Field(
+        None,
+        description="a lane forgets after so many of its tokens; null: only at a document's end; "
+        "[{step: 0, tokens: N}, …]: a curriculum",
+    )
+    allow_change: bool = Field(
+        False, description="resume although data, seed, order or mixing are not the checkpoint's"
+    )
+    validation: Annotated[dict[str, PathText] | None, AfterValidator(_set_names)] = Field(
+        None,
+        description="validation sets: names and data sets; null: the validation split of data.path, source by source",
+    )
+    cache_dir: PathText | None = Field(
+        None, description="folder for the shards of remote data sets; null: ~/.cache/mmrec_train/shards"
+    )
+    cache_gb: Positive = Field(64.0, description="largest size of that cache, in GB (10⁹ bytes)")
 
 
 class ClipSection(Section):
@@ -142,7 +222,7 @@ class TrainSection(Section):
     seed: Index = Field(0, description="seed of initialisation and dropout")
     device: Literal["auto", "cpu", "gpu"] = Field("auto", description="auto takes GPUs where there are any")
     validate_every: Index = Field(0, description="steps between two validations; 0: never")
-    validation_tokens: Count = Field(262144, description="tokens of one validation, over all ranks")
+    validation_tokens: Count = Field(262144, description="tokens of each validation set, from its beginning")
 
 
 class DeepSpeedSection(Section):
@@ -201,6 +281,11 @@ class RunConfig(Section):
     logging: LoggingSection = Field(LoggingSection(), description="console, wandb, TensorBoard, sample")
 
     _origin: Origin = PrivateAttr(default_factory=Origin)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one optimizer step, over all ranks."""
+        return self.train.global_batch_size * self.data.window_chunks * self.data.chunk_len
 
     def mark(self, key: str) -> Mark:
         """Where the value of a dotted key was written: a line of a file or a `--set` argument.

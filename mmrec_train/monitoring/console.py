@@ -20,6 +20,7 @@ from rich.text import Text
 
 from mmrec_train.monitoring.formatting import format_bytes, format_count, format_duration
 from mmrec_train.monitoring.metrics_file import Record, step_of
+from mmrec_train.monitoring.validation_table import set_losses
 
 LOG_NAME = "log.txt"
 PLAIN_WIDTH = 110  # columns of log.txt, and of a terminal that is none (a file, a pipe)
@@ -109,6 +110,9 @@ class Console:
         width = len(str(self._total_steps))
         head = f"step {step:>{width}}/{self._total_steps}"
         fields = [_field(record.get(key), form, style) for key, form, style in _FIELDS]
+        sets = set_losses(record)
+        if len(sets) > 1:
+            fields += [_field(loss, f"{name} {{:.4f}}".format, "") for name, loss in sets.items()]
         if "validation_loss" not in record:
             fields.append(Text(f"eta {self._eta(step)}"))
         self._emit(Text("  ").join([Text(head, style="dim"), *filter(None, fields)]))
@@ -155,6 +159,7 @@ _FIELDS: tuple[tuple[str, Callable[[float], str], str], ...] = (
     ("learning_rate", lambda x: f"lr {x:.2e}", ""),
     ("grad_norm", lambda x: f"grad {x:.3f}", ""),
     ("tokens_per_second", lambda x: f"{format_count(x)} tok/s", ""),
+    ("data_wait_seconds", lambda x: f"data {x * 1e3:.1f} ms", ""),
     ("mfu", lambda x: f"mfu {x:.1%}", ""),
     ("peak_memory_bytes", format_bytes, ""),
     ("solver_iterations", lambda x: f"solver {x:.3g} it", ""),

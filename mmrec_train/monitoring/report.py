@@ -9,6 +9,7 @@ from markupsafe import Markup
 from mmrec_train.monitoring.metrics_file import read_metrics, write_atomically
 from mmrec_train.monitoring.plots import Plot, Series, draw
 from mmrec_train.monitoring.summary import summarize
+from mmrec_train.monitoring.validation_table import validation_table
 
 REPORT_NAME = "report.html"
 CONFIG_NAME = "config.yaml"
@@ -40,6 +41,14 @@ PLOTS = (
         "Throughput",
         "tokens/s",
         (Series("tokens_per_second", "tokens/s"),),
+        from_zero=True,
+    ),
+    Plot(
+        "data-wait",
+        "Waiting for data",
+        "ms a step",
+        (Series("data_wait_seconds", "waiting"),),
+        scale=1e3,
         from_zero=True,
     ),
     Plot("mfu", "Model FLOPs utilisation", "% of peak", (Series("mfu", "MFU"),), scale=100, from_zero=True),
@@ -87,6 +96,7 @@ def write_report(run_dir: str | Path) -> Path:
         name=run_dir.resolve().name,
         summary=summarize(records),
         nonfinite=sum(any(isinstance(v, float) and not math.isfinite(v) for v in r.values()) for r in records),
+        validation=validation_table(records),
         plots=[(plot, Markup(svg) if (svg := draw(plot, records)) else None) for plot in PLOTS],
         config=_read_if_there(run_dir / CONFIG_NAME),
         sample=_read_if_there(run_dir / SAMPLE_NAME),

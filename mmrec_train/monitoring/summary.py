@@ -34,6 +34,9 @@ def summarize(records: Sequence[Record]) -> list[tuple[str, str]]:
         rows.append(("validation perplexity", f"{perplexities[-1]:.2f}"))
     if rates := values["tokens_per_second"]:
         rows.append(("tokens/s", format_count(statistics.median(rates))))
+    waits, steps = values["data_wait_seconds"], values["step_seconds"]
+    if waits and steps:
+        rows.append(("waiting for data", f"{statistics.median(waits) / statistics.median(steps):.2%} of a step"))
     if shares := values["mfu"]:
         rows.append(("MFU", f"{statistics.median(shares):.1%}"))
     if peaks := values["peak_memory_bytes"]:
@@ -51,6 +54,8 @@ _KEYS = (
     "validation_loss",
     "validation_perplexity",
     "tokens_per_second",
+    "step_seconds",
+    "data_wait_seconds",
     "mfu",
     "peak_memory_bytes",
     "solver_iterations",

@@ -60,8 +60,8 @@ class Reporter:
             resume_step=first_step,
             report=console.print,
         )
-        train, data = config.train, config.data
-        tokens = train.global_batch_size * data.chunk_len
+        train, data, tokens = config.train, config.data, config.tokens_per_step
+        window = f"{data.window_chunks} × {data.chunk_len}" if data.window_chunks > 1 else f"{data.chunk_len}"
         shape, memory = model_config, f"{model_config.memory_slots} slots of {model_config.segment_len} tokens"
         steps = f"{train.steps}, {format_count(train.steps * tokens)} tokens"
         rows = [
@@ -72,7 +72,7 @@ class Reporter:
             ("deepspeed", Path(config.deepspeed.config).stem),
             (
                 "batch",
-                f"{train.global_batch_size} lanes × {data.chunk_len} tokens = {format_count(tokens)} tokens a step",
+                f"{train.global_batch_size} lanes × {window} tokens = {format_count(tokens)} tokens a step",
             ),
             ("steps", steps + (f"; going on from step {first_step}" if first_step else "")),
             ("data", data.path),

@@ -1,6 +1,5 @@
 """The training loop over `deepspeed.initialize`, to be read from top to bottom."""
 
-import math
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,7 +14,10 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from mmrec_train.config import RunConfig, check_machine, check_world, deepspeed_config, runs_on_gpu, save_config
-from mmrec_train.data import Chunk, Encoder, LaneLoader, load_tokenizer, open_dataset
+from mmrec_train.config.stream import cache_settings, stream_settings, training_data, validation_sets
+from mmrec_train.data import Chunk, Encoder, LaneLoader, load_tokenizer
+from mmrec_train.data.delivery import Delivery
+from mmrec_train.data.lanes import NO_LABEL
 from mmrec_train.errors import UserError
 from mmrec_train.model import MemoryState, MMRecForCausalLM
 from mmrec_train.monitoring import Console
@@ -25,6 +27,7 @@ from mmrec_train.trainer.distributed import World, join
 from mmrec_train.trainer.optimizer import build_optimizer, learning_rate, parameter_groups
 from mmrec_train.trainer.reporting import Reporter
 from mmrec_train.trainer.stopping import StopRequest
+from mmrec_train.trainer.validation import validate
 
 # what must not differ between a checkpoint and the run that goes on from it
 SHAPE_KEYS = [
@@ -38,6 +41,7 @@ SHAPE_KEYS = [
     "short_window",
     "ffn_dim",
     "gate",
+    "read",
     "memory_across_documents",
     "tie_word_embeddings",
 ]
@@ -69,13 +73,11 @@ class Trainer:
         check_machine(config)
         self.accumulation = check_world(config, self.world.size)
         # shards are checksummed once, not by every rank
-        self.train_data = open_dataset(config.data.path, "train", verify=self.world.is_main)
-        self.validation_data = (
-            open_dataset(config.data.path, "validation", verify=self.world.is_main)
-            if config.train.validate_every
-            else None
+        self.train_data = training_data(config, verify=self.world.is_main)
+        self.validation_sets = (
+            validation_sets(config, self.train_data, verify=self.world.is_main) if config.train.validate_every else {}
         )
-        self.tokenizer = load_tokenizer(config.data.path)
+        self.tokenizer = load_tokenizer(config.data.path, cache_settings(config))
         manifest = self.train_data.manifest
         self.model_config = config.model.to_model_config(manifest.vocab_size)
         self.model_config.bos_token_id, self.model_config.eos_token_id = manifest.bos_id, manifest.eos_id
@@ -88,6 +90,7 @@ class Trainer:
             self._join(stack)
             self._build_engine()
             self._restore()
+            self.delivery = stack.enter_context(Delivery(self.loader, self.device))
             reporter = self._start_reporting(stack)
             stop = stack.enter_context(StopRequest())
             stopped = False
@@ -102,7 +105,8 @@ class Trainer:
                 if self.step % self.config.logging.every == 0 or last:
                     get_accelerator().synchronize()
                     seconds = (time.perf_counter() - window_start) / (self.step - window_step)
-                    self._log(result, seconds, reporter)
+                    waited = self.delivery.waited_seconds() / (self.step - window_step)
+                    self._log(result, seconds, waited, reporter)
                 stopped = stop.agreed(self.device)
                 pause_start = time.perf_counter()
                 if train.validate_every and (self.step % train.validate_every == 0 or last):
@@ -121,90 +125,110 @@ class Trainer:
         return Outcome(self.step, stopped)
 
     def _train_step(self) -> "StepResult":
-        """One optimizer step: every micro-batch of lanes goes on from its own memories (truncated BPTT)."""
+        """One optimizer step: every micro-batch of lanes goes on from its own memories, chunk by chunk of its window.
+
+        Gradients end where a chunk begins (truncated BPTT). Every token of the step has the same weight; those after a
+        finite stream's end have none.
+        """
         rate = learning_rate(
             self.step, self.config.train.steps, self.config.optimizer.learning_rate, self.config.schedule
         )
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
-        losses, iterations, residuals = [], [], []
-        for index, chunk in enumerate(self.loader.next_step()):
-            output = self._forward(chunk, self.memories[index])
-            self.engine.backward(output.loss)  # divides by the number of micro-batches
-            self.memories[index] = tuple(state.detach() for state in output.memory_states)
-            self.engine.step()  # moves the parameters after the last micro-batch
-            losses.append(output.loss.detach())
-            iterations.append(output.solver_iterations.mean())
-            residuals.append(output.solver_residual.amax())
+        losses, counted, iterations, residuals = [], [], [], []
+        for index, window in enumerate(self._next_windows()):
+            for chunk in window.split(self.config.data.chunk_len):
+                output = self.engine(
+                    input_ids=chunk.input_ids,
+                    shift_labels=chunk.labels,
+                    reset=chunk.reset,
+                    memory_states=self.memories[index],
+                )
+                part = (chunk.labels != NO_LABEL).float().mean()  # of the chunk's tokens that count: 1, as a rule
+                loss = output.loss * part
+                self.engine.backward(loss)  # divides by the number of micro-batches and chunks
+                self.memories[index] = tuple(state.detach() for state in output.memory_states)
+                self.engine.step()  # moves the parameters after the last of them
+                losses.append(loss.detach())
+                counted.append(part)
+                iterations.append(output.solver_iterations.mean())
+                residuals.append(output.solver_residual.amax())
         return StepResult(
-            torch.stack(losses).mean(), torch.stack(iterations).mean(), torch.stack(residuals).amax(), rate
+            torch.stack(losses).sum(),
+            torch.stack(counted).sum(),
+            torch.stack(iterations).mean(),
+            torch.stack(residuals).amax(),
+            rate,
         )
 
-    def _forward(self, chunk: Chunk, memories: tuple[MemoryState, ...]) -> Any:
-        input_ids, labels, reset = (t.to(self.device, non_blocking=True) for t in chunk)
-        return self.engine(input_ids=input_ids, shift_labels=labels, reset=reset, memory_states=memories)
+    def _next_windows(self) -> list[Chunk]:
+        try:
+            return self.delivery.next_step()
+        except StopIteration:
+            raise UserError(
+                f"all sources are exhausted after step {self.step}; raise data.sources.NAME.epochs, or end the run "
+                f"there by train.steps={self.step}"
+            ) from None
 
-    @torch.no_grad()
     def _validate(self, reporter: Reporter | None) -> None:
-        """Mean loss over the first `validation_tokens` of the validation split, in lanes with memories of their own.
-
-        It ends earlier where a lane would begin the split anew: no document counts twice, unless the split is smaller
-        than one step.
-        """
-        if self.validation_data is None:
+        """A record of the losses on all validation sets; a collective call."""
+        if not self.validation_sets:
             return
-        train, chunk_len = self.config.train, self.config.data.chunk_len
-        loader = self._lanes(self.validation_data, shuffle=False)
-        wanted = max(1, train.validation_tokens // (train.global_batch_size * chunk_len))
-        memories = self._empty_memories()
-        total = torch.zeros((), device=self.device)
-        steps = 0
-        self.engine.eval()
-        while steps < wanted:
-            chunks = loader.next_step()
-            if loader.epoch > 0 and steps > 0:
-                break
-            for index, chunk in enumerate(chunks):
-                output = self._forward(chunk, memories[index])
-                memories[index] = output.memory_states
-                total += output.loss / self.accumulation
-            steps += 1
-        self.engine.train()
-        loss = self._mean_over_ranks(total / steps)
+        record = validate(
+            self.engine,
+            self.validation_sets,
+            self.world,
+            self.device,
+            chunk_len=self.config.data.chunk_len,
+            micro_batch_size=self.config.train.micro_batch_size,
+        )
         if reporter:
-            reporter.log(
-                {"step": self.step, "validation_loss": loss, "validation_perplexity": math.exp(min(loss, 700.0))}
-            )
+            reporter.log({"step": self.step, **record})
 
-    def _log(self, result: "StepResult", step_seconds: float, reporter: Reporter | None) -> None:
-        """One record of the step just done; a collective call."""
-        loss, iterations = (self._mean_over_ranks(value) for value in (result.loss, result.solver_iterations))
-        extremes = torch.stack([result.solver_residual.double(), torch.tensor(_peak_memory()).to(self.device)])
+    def _log(self, result: "StepResult", step_seconds: float, waited: float, reporter: Reporter | None) -> None:
+        """One record of the step just done; a collective call. waited: this rank's seconds a step for data."""
+        sums = torch.stack([result.loss, result.counted, result.solver_iterations]).double()
+        dist.all_reduce(sums, op=dist.ReduceOp.SUM)
+        loss, counted, iterations = sums.tolist()
+        extremes = torch.tensor([result.solver_residual.item(), _peak_memory(), waited], dtype=torch.float64)
+        extremes = extremes.to(self.device)
         dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
-        residual, peak_memory = extremes.tolist()
-        tokens_per_step = self.config.train.global_batch_size * self.config.data.chunk_len
+        residual, peak_memory, waited = extremes.tolist()
         if reporter:
             reporter.log(
                 {
                     "step": self.step,
-                    "tokens": self.step * tokens_per_step,
-                    "loss": loss,
+                    "tokens": sum(self.delivery.consumed.values()),
+                    "loss": loss / counted,
                     "learning_rate": result.learning_rate,
                     **self.clipper.norms,
                     "step_seconds": step_seconds,
-                    "tokens_per_second": tokens_per_step / step_seconds,
+                    "data_wait_seconds": waited,
+                    "tokens_per_second": self.config.tokens_per_step / step_seconds,
                     "peak_memory_bytes": int(peak_memory),
-                    "solver_iterations": iterations,
+                    "solver_iterations": iterations / self.world.size,
                     "solver_residual": residual,
                     "skipped": self.engine.skipped_steps,
+                    **self._by_source(),
                 }
             )
+
+    def _by_source(self) -> dict[str, float]:
+        """What has been read of each source, where there are several: tokens, and passes over it."""
+        sources = self.train_data.sources
+        if len(sources) == 1:
+            return {}
+        record: dict[str, float] = {}
+        for name, tokens in self.delivery.consumed.items():
+            record[f"source/{name}/tokens"] = tokens
+            record[f"source/{name}/epochs"] = tokens / sources[name].num_tokens
+        return record
 
     def _save(self, reporter: Reporter | None) -> None:
         run_state = {
             "step": self.step,
             "identity": self._identity(),
-            "data": self.loader.state_dict(),
+            "data": self.delivery.state_dict(),
             "wandb_run_id": reporter.wandb_run_id if reporter else None,
         }
         path = checkpoint.save(
@@ -292,12 +316,20 @@ class Trainer:
     def _restore(self) -> None:
         """Sets step, data position and memories: those of the checkpoint, or those of a new run."""
         self.step, self.wandb_run_id = 0, None
-        self.loader = self._lanes(self.train_data, shuffle=True)
+        self.loader = LaneLoader(
+            self.train_data,
+            stream_settings(self.config),
+            num_lanes=self.config.train.global_batch_size,
+            chunk_len=self.config.data.chunk_len,
+            micro_batch_size=self.config.train.micro_batch_size,
+            rank=self.world.rank,
+            world_size=self.world.size,
+        )
         self.memories = self._empty_memories()
         if self.resume_from is not None:
             state = checkpoint.read_run_state(self.resume_from)
             self.step, self.wandb_run_id = state["step"], state["wandb_run_id"]
-            self.loader.load_state_dict(state["data"])
+            self.loader.load_state_dict(state["data"], allow_change=self.config.data.allow_change)
             self.memories = checkpoint.restore(self.resume_from, self.engine, self.world, self.memories)
 
     def _start_reporting(self, stack: ExitStack) -> Reporter | None:
@@ -313,18 +345,6 @@ class Trainer:
             wandb_run_id=self.wandb_run_id,
         )
         return stack.enter_context(reporter)
-
-    def _lanes(self, dataset: Any, *, shuffle: bool) -> LaneLoader:
-        return LaneLoader(
-            dataset,
-            num_lanes=self.config.train.global_batch_size,
-            chunk_len=self.config.data.chunk_len,
-            seed=self.config.data.seed,
-            rank=self.world.rank,
-            world_size=self.world.size,
-            micro_batch_size=self.config.train.micro_batch_size,
-            shuffle=shuffle,
-        )
 
     def _empty_memories(self) -> list[tuple[MemoryState, ...]]:
         """Memories before any token, one tuple of layers for each of this rank's micro-batches of a step."""
@@ -352,17 +372,17 @@ class Trainer:
             "parameter offload": zero.get("offload_param", {}).get("device", "none"),
         }
 
-    def _mean_over_ranks(self, value: Tensor) -> float:
-        value = value.detach().double()
-        dist.all_reduce(value, op=dist.ReduceOp.SUM)
-        return value.item() / self.world.size
-
 
 @dataclass(frozen=True)
 class StepResult:
-    """One step on this rank: mean loss and solver iterations and the largest residual (tensors), learning rate."""
+    """One step on this rank, as tensors but for the last.
+
+    The sum of the chunks' losses, each weighted by its part of tokens that count, and the sum of these parts; mean
+    solver iterations, largest residual; learning rate.
+    """
 
     loss: Tensor
+    counted: Tensor
     solver_iterations: Tensor
     solver_residual: Tensor
     learning_rate: float

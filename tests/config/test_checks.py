@@ -38,6 +38,14 @@ def test_a_batch_that_ranks_cannot_share(
     )
 
 
+def test_lanes_cannot_forget_and_remember(write: Write, minimal: str) -> None:
+    overrides = ["data.sequence_len=512", "model.memory_across_documents=true"]
+    with pytest.raises(UserError, match="leave one of them out"):
+        load_config(write("run.yaml", minimal), overrides)
+    for override in overrides:
+        load_config(write("run.yaml", minimal), [override])
+
+
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool, bool], None]:
     """Pretends that there is a GPU, or none, with or without bf16."""

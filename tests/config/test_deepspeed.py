@@ -114,6 +114,14 @@ def test_what_a_file_leaves_out_is_off(load: Callable[..., RunConfig], text: str
     assert settings["gradient_accumulation_steps"] == 2
 
 
+def test_every_chunk_of_a_window_is_accumulated(load: Callable[..., RunConfig]) -> None:
+    config = load("{}", "data.window_chunks=3")
+    settings = deepspeed_config(config, 1, config.model.to_model_config(None))
+    sizes = [settings[f"train_{name}"] for name in ("batch_size", "micro_batch_size_per_gpu")]
+    assert (*sizes, settings["gradient_accumulation_steps"]) == (12, 2, 6)
+    assert config.tokens_per_step == 4 * 3 * 8192
+
+
 def test_auto_leaves_the_decision_to_the_run(load: Callable[..., RunConfig]) -> None:
     text = """{
         "train_batch_size": "auto", "bf16": {"enabled": "auto"}, "gradient_clipping": "auto",

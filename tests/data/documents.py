@@ -1,6 +1,6 @@
 """Data sets for tests, written from token ids, and text in memory to prepare others from."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ EOS = 0
 
 def write_documents(
     folder: Path,
-    documents: Sequence[Sequence[int]] | dict[str, Sequence[Sequence[int]]],
+    documents: Sequence[Sequence[int]] | Mapping[str, Sequence[Sequence[int]]],
     *,
     shard_tokens: int = 100,
     dtype: Dtype = "uint32",
@@ -27,7 +27,7 @@ def write_documents(
 
     A plain list is the only source, "main"; a dictionary has the documents of several, and `weights` their weights.
     """
-    sources = documents if isinstance(documents, dict) else {"main": documents}
+    sources = documents if isinstance(documents, Mapping) else {"main": documents}
     infos = {}
     for name, texts in sources.items():
         writer = SplitWriter(folder / split / name, dtype, shard_bytes=shard_tokens * np.dtype(dtype).itemsize)

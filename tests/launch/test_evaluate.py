@@ -11,11 +11,11 @@ from torch.nn import functional as F
 
 from launch.evaluate import main
 from mmrec_train.data import TokenDataset, open_dataset
-from mmrec_train.data.ingest import prepare
-from mmrec_train.evaluation import evaluate
+from mmrec_train.data.views import head
+from mmrec_train.evaluation import combine, evaluate
 from mmrec_train.model import MMRecForCausalLM
-from tests.data.documents import Texts
 from tests.launch.trained import small_model, tear, write_checkpoint
+from tests.trainer.texts import write_texts
 
 LENGTHS = (1300, 3, 700, 1, 90, 1500, 400, 2, 33)  # characters
 
@@ -23,11 +23,9 @@ LENGTHS = (1300, 3, 700, 1, 90, 1500, 400, 2, 33)  # characters
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> Path:
     """Documents of very different lengths; the two longest pass the first position bucket."""
-    out = tmp_path_factory.mktemp("evaluate") / "data"
     letters = random.Random(0)
     texts = ["".join(letters.choices("abcdefghijklmnopqrstuvwxyz", k=length)) for length in LENGTHS]
-    prepare(Texts(texts), out, tokenizer=300, validation_fraction=0, shard_tokens=2000)
-    return out
+    return write_texts(tmp_path_factory.mktemp("evaluate") / "data", {"train": {"main": texts}})
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +37,9 @@ def model(data: Path) -> MMRecForCausalLM:
 def losses_one_by_one(model: MMRecForCausalLM, dataset: TokenDataset) -> list[list[float]]:
     """Of each document alone, the loss of every token, from whole logits."""
     result = []
-    for document in range(dataset.num_documents):
-        tokens = torch.tensor(dataset.read(document, 0, dataset.document_length(document)).tolist())
+    [source] = dataset.sources.values()
+    for document in range(source.num_documents):
+        tokens = torch.tensor(source.read(document).tolist())
         logits = model(input_ids=tokens.unsqueeze(0)).logits[0]
         labels = torch.cat([tokens[1:], torch.tensor([dataset.manifest.eos_id])])
         result.append([-F.log_softmax(row, -1)[label].item() for row, label in zip(logits, labels, strict=True)])
@@ -61,9 +60,9 @@ def test_the_loss_is_that_of_a_plain_loop(
     chunk_len: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("mmrec_train.evaluation.LOSS_SLICE_TOKENS", 50)
+    monkeypatch.setattr("mmrec_train.model.loss.LOSS_SLICE_TOKENS", 50)
     dataset = open_dataset(data, "train", verify=False)
-    result = evaluate(model, dataset, chunk_len=chunk_len, batch=batch)
+    [result] = evaluate(model, dataset, chunk_len=chunk_len, batch=batch).values()
     everything = [loss for document in expected for loss in document]
     assert result.tokens == len(everything) == dataset.num_tokens
     assert result.loss == pytest.approx(sum(everything) / len(everything), rel=1e-6)
@@ -82,29 +81,57 @@ def test_every_bucket_begins_at_its_edge(
     model: MMRecForCausalLM, data: Path, expected: list[list[float]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mmrec_train.evaluation.POSITION_EDGES", (0, 1, 7, 600))
-    result = evaluate(model, open_dataset(data, "train", verify=False), chunk_len=64, batch=4)
+    [result] = evaluate(model, open_dataset(data, "train", verify=False), chunk_len=64, batch=4).values()
     assert [(b.start, b.stop) for b in result.by_position] == [(0, 1), (1, 7), (7, 600), (600, None)]
+    assert combine([result]) == result
     for bucket in result.by_position:
         losses = [loss for document in expected for loss in document[bucket.start : bucket.stop]]
         assert bucket.tokens == len(losses)
         assert bucket.loss == pytest.approx(sum(losses) / len(losses), rel=1e-6)
 
 
-def test_a_limit_of_tokens_is_reached_by_whole_chunks(
-    model: MMRecForCausalLM, data: Path, expected: list[list[float]]
+@pytest.mark.parametrize("batch, chunk_len", [(1, 20), (3, 64), (5, 999)])
+@pytest.mark.parametrize("limit", [1, 50, 1101, 1102, 2000])
+def test_a_limit_of_tokens_takes_the_first_ones_and_their_true_labels(
+    model: MMRecForCausalLM, data: Path, expected: list[list[float]], limit: int, batch: int, chunk_len: int
 ) -> None:
+    """Where the last document is cut, its last token still predicts the one that follows it."""
     seen: list[int] = []
     dataset = open_dataset(data, "train", verify=False)
-    result = evaluate(model, dataset, chunk_len=20, batch=1, tokens=50, on_progress=seen.append)
-    assert result.tokens == 60 and seen == [20, 40, 60]
-    assert result.loss == pytest.approx(sum(expected[0][:60]) / 60, rel=1e-6)
-    assert evaluate(model, dataset, chunk_len=500, batch=2, tokens=10**9).tokens == dataset.num_tokens
+    results = evaluate(model, dataset, chunk_len=chunk_len, batch=batch, tokens=limit, on_progress=seen.append)
+    [result] = results.values()
+    first = [loss for document in expected for loss in document][:limit]
+    assert result.tokens == seen[-1] == limit
+    assert result.loss == pytest.approx(sum(first) / limit, rel=1e-6)
+
+
+def test_a_limit_beyond_the_split_takes_all_of_it(model: MMRecForCausalLM, data: Path) -> None:
+    dataset = open_dataset(data, "train", verify=False)
+    [result] = evaluate(model, dataset, chunk_len=500, batch=2, tokens=10**9).values()
+    assert result.tokens == dataset.num_tokens
+
+
+def test_sources_are_evaluated_one_by_one(model: MMRecForCausalLM, data: Path, tmp_path: Path) -> None:
+    texts = {"train": {"b": ["some words"] * 3, "a": ["other, longer words"] * 50}}
+    dataset = open_dataset(write_texts(tmp_path / "two", texts), "train", verify=False)
+    results = evaluate(model, dataset, chunk_len=16, batch=2, tokens=40)
+    assert {name: result.tokens for name, result in results.items()} == {
+        name: min(40, source.num_tokens) for name, source in dataset.sources.items()
+    }
+    alone = {name: evaluate(model, head(dataset, name, 40), chunk_len=64, batch=1)[name] for name in dataset.sources}
+    for name, result in results.items():
+        assert result.loss == pytest.approx(alone[name].loss, rel=1e-6)
+    everything = combine(results.values())
+    assert everything.tokens == sum(result.tokens for result in results.values())
+    assert everything.loss == pytest.approx(
+        sum(result.loss * result.tokens for result in results.values()) / everything.tokens
+    )
 
 
 def test_logits_never_exist_for_a_whole_chunk(
     model: MMRecForCausalLM, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mmrec_train.evaluation.LOSS_SLICE_TOKENS", 32)
+    monkeypatch.setattr("mmrec_train.model.loss.LOSS_SLICE_TOKENS", 32)
     sizes: list[int] = []
     hook = model.lm_head.register_forward_hook(lambda module, inputs, logits: sizes.append(logits.shape[0]))
     evaluate(model, open_dataset(data, "train", verify=False), chunk_len=100, batch=2)
@@ -130,6 +157,7 @@ def test_json_and_table_of_a_run_folder(
     everything = [loss for document in expected for loss in document]
     loss = sum(everything) / len(everything)
     assert printed["tokens"] == len(everything)
+    assert list(printed["sources"]) == ["main"]
     assert printed["loss"] == pytest.approx(loss, rel=1e-6)
     assert printed["perplexity"] == pytest.approx(math.exp(loss), rel=1e-5)
     assert [(b["start"], b["stop"]) for b in printed["by_position"]] == [(0, 1024), (1024, 8192)]
@@ -141,6 +169,23 @@ def test_json_and_table_of_a_run_folder(
     rows = [line.split() for line in capsys.readouterr().out.replace("│", " ").splitlines()]
     assert ["all", f"{len(everything):,}", f"{loss:.4f}", f"{math.exp(loss):.2f}"] in rows
     assert [row[0] for row in rows if row and row[0] in ("0–1K", "1K–8K")] == ["0–1K", "1K–8K"]
+
+
+def test_several_sources_have_a_table_each_and_one_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = {"validation": {"prose": ["some words"] * 9, "code": ["x = 1; y = 22"] * 7}}
+    data = write_texts(tmp_path / "data", texts)
+    write_checkpoint(tmp_path / "run", 1, small_model(data), data)
+    command = ["--checkpoint", str(tmp_path / "run"), "--data", str(data), "--tokens", "20"]
+    assert main([*command, "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    parts = printed["sources"]
+    assert {name: part["tokens"] for name, part in parts.items()} == {"prose": 20, "code": 20}
+    assert printed["tokens"] == 40 and [b["tokens"] for b in printed["by_position"]] == [40]
+    assert printed["loss"] == pytest.approx((parts["prose"]["loss"] + parts["code"]["loss"]) / 2)
+
+    assert main(command) == 0
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert [line for line in lines if line in ("prose", "code", "all sources")] == ["prose", "code", "all sources"]
 
 
 def test_a_model_that_diverged_still_gives_json(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -59,7 +60,9 @@ def corrupt(path: Path) -> None:
     path.write_bytes(raw)
 
 
-@pytest.mark.parametrize("file", ["train/shard_00000.bin", "train/shard_00000.idx", "validation/shard_00000.bin"])
+@pytest.mark.parametrize(
+    "file", ["train/main/shard_00000.bin", "train/main/shard_00000.idx", "validation/main/shard_00000.bin"]
+)
 @pytest.mark.parametrize("damage, word", [(delete, "missing"), (truncate, "truncated"), (corrupt, "corrupt")])
 def test_a_damaged_shard(
     pretrain: Command, tmp_path: Path, file: str, damage: Callable[[Path], None], word: str
@@ -88,9 +91,36 @@ def test_no_data_set(pretrain: Command, tmp_path: Path) -> None:
 def test_validation_without_validation_documents(pretrain: Command, tmp_path: Path) -> None:
     manifest = tmp_path / "data/manifest.json"
     content = json.loads(manifest.read_text())
-    del content["splits"]["validation"]
+    del content["sources"]["main"]["splits"]["validation"]
     manifest.write_text(json.dumps(content))
     assert "has no validation documents" in pretrain().refusal
+
+
+@pytest.mark.parametrize("options", [(), ("--dry-run",)])
+@pytest.mark.parametrize(
+    "override, expected",
+    [
+        ("data.sources={mane: {}}", "data.sources: {data} has no source 'mane' to train on; did you mean 'main'?"),
+        (
+            "data.sources={main: {epochs: 1}} train.steps=5000",
+            "train.steps 5000 takes 960,000 tokens, but data.sources",
+        ),
+        ("data.validation={other: {data}/nowhere}", "{data}/nowhere is not a prepared data set"),
+        ("data.sequence_len=48 model.memory_across_documents=true", "data.sequence_len makes lanes forget"),
+    ],
+)
+def test_a_stream_that_there_is_not(
+    pretrain: Command, tmp_path: Path, override: str, expected: str, options: tuple[str, ...]
+) -> None:
+    data = str(tmp_path / "data")
+    overrides = re.split(r" (?=[a-z]+\.)", override.replace("{data}", data))
+    assert expected.replace("{data}", data) in pretrain(*overrides, options=options).refusal
+
+
+def test_the_dry_run_counts_windows(pretrain: Command) -> None:
+    out = pretrain("data.window_chunks=3", options=("--dry-run",)).out
+    assert "\ntokens            11,520 (576 a step)\n" in out
+    assert "\nmicro-batches     4 a step and rank, each of 3 chunks\n" in out
 
 
 # ---- configuration and machine

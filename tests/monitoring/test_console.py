@@ -26,6 +26,7 @@ RECORD = {
     "learning_rate": 0.001,
     "grad_norm": 0.5,
     "tokens_per_second": 12345.6,
+    "data_wait_seconds": 0.00123,
     "mfu": 0.4123,
     "peak_memory_bytes": 3435973837,
     "solver_iterations": 5,
@@ -40,8 +41,8 @@ def test_a_logged_step_is_one_line_with_its_numbers_and_the_time_left(tmp_path: 
         clock.now += 50
         console.log_record(RECORD)  # 25 steps in 50 s, 1975 to go
     assert out.getvalue() == (
-        "step   25/2000  loss 4.1235  lr 1.00e-03  grad 0.500  12.3k tok/s  mfu 41.2%  3.2 GiB"
-        "  solver 5 it  residual 3.1e-05  eta 1:05:50\n"
+        "step   25/2000  loss 4.1235  lr 1.00e-03  grad 0.500  12.3k tok/s  data 1.2 ms  mfu 41.2%"
+        "  3.2 GiB  solver 5 it  residual 3.1e-05  eta 1:05:50\n"
     )
 
 
@@ -61,6 +62,17 @@ def test_validation_unknown_skipped_and_nan(tmp_path: Path) -> None:
         console.log_record({"step": 0, "loss": math.nan, "grad_norm": math.inf, "mfu": None, "skipped": 2})
     assert out.getvalue() == (
         "step 3/9  validation loss 2.0000  perplexity 7.39\nstep 0/9  loss nan  grad inf  skipped 2  eta -\n"
+    )
+
+
+def test_several_validation_sets_are_named(tmp_path: Path) -> None:
+    out = io.StringIO()
+    losses = {"validation/code/loss": 1.5, "validation/code/loss_0-1K": 1.5, "validation/text/loss": math.nan}
+    with Console(tmp_path, file=out) as console, console.progress(9):
+        console.log_record({"step": 3, "validation_loss": 2.0, **losses})
+        console.log_record({"step": 3, "validation_loss": 2.0, "validation/text/loss": 2.0})
+    assert out.getvalue() == (
+        "step 3/9  validation loss 2.0000  code 1.5000  text nan\nstep 3/9  validation loss 2.0000\n"
     )
 
 

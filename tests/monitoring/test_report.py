@@ -53,6 +53,8 @@ FULL: list[Record] = [
         "grad_norm_decay": 0.1,
         "grad_norm_gate": 0.2,
         "tokens_per_second": 1e5,
+        "step_seconds": 0.08,
+        "data_wait_seconds": 1e-4,
         "mfu": 0.4,
         "peak_memory_bytes": 2**33,
         "solver_iterations": 5,
@@ -91,6 +93,7 @@ def test_all_plots_are_drawn(full: tuple[str, Page]) -> None:
         "plot-learning-rate",
         "plot-grad-norm",
         "plot-tokens-per-second",
+        "plot-data-wait",
         "plot-mfu",
         "plot-memory",
         "plot-solver-iterations",
@@ -166,6 +169,37 @@ def test_few_points_and_missing_keys_still_make_a_report(tmp_path: Path, records
     assert drawn == expected
     for name in set(PLOT_IDS) - drawn:
         assert "no numbers were recorded" in page.texts[name]
+
+
+def test_validation_sets_are_a_table_of_the_last_validation(tmp_path: Path) -> None:
+    early: Record = {"step": 0, "validation/code/loss": 9.0}
+    last: Record = {
+        "step": 50,
+        "validation_loss": 2.0,
+        "validation/code/loss": 1.5,
+        "validation/code/perplexity": 4.4817,
+        "validation/code/loss_0-1K": 1.75,
+        "validation/code/loss_100K+": 1.25,
+        "validation/a<b/loss": math.nan,
+        "validation/a<b/perplexity": math.nan,
+        "validation/a<b/loss_8-32K": 2.5,
+        "validation/a<b/loss_0-1K": 2.25,
+    }
+    _, page = report(tmp_path, [early, last, {"step": 60, "loss": 1.0}])
+    table = [line.split() for line in page.texts["validation"].splitlines() if line]
+    assert table == [
+        ["Validation", "sets", "after", "step", "50,", "loss", "by", "position", "in", "the", "document"],
+        ["setlossperplexity0-1K8-32K100K+"],
+        ["code1.50004.48171.7500–1.2500"],
+        ["a<bnannan2.25002.5000–"],
+    ]
+    assert page.sections["validation"].count("tr") == 3
+    assert page.sections["validation"].count("td") == 12
+
+
+def test_without_a_validation_there_is_no_table(tmp_path: Path) -> None:
+    _, page = report(tmp_path, FULL[:2])
+    assert "validation" not in page.sections
 
 
 def test_numbers_that_are_not_finite_are_told(tmp_path: Path, full: tuple[str, Page]) -> None:

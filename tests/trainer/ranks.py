@@ -18,13 +18,13 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def start(config, overrides=(), *, world_size=2, resume="auto"):
+def start(config, overrides=(), *, world_size=2, resume="auto", port=None):
     """Starts the ranks; returns their processes."""
     environment = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"} | {
         "WORLD_SIZE": str(world_size),
         "LOCAL_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
+        "MASTER_PORT": str(port or free_port()),
         "OMP_NUM_THREADS": "1",
     }
     command = [sys.executable, str(REPOSITORY / "launch/pretrain.py"), "--config", str(config), "--resume", resume]
@@ -57,9 +57,9 @@ def finish(processes, timeout=280):
     return [p.returncode for p in processes], outputs
 
 
-def run(config, overrides=(), *, world_size=2, resume="auto"):
+def run(config, overrides=(), *, world_size=2, resume="auto", port=None):
     """Runs to the end and expects success; returns rank 0's output."""
-    codes, outputs = finish(start(config, overrides, world_size=world_size, resume=resume))
+    codes, outputs = finish(start(config, overrides, world_size=world_size, resume=resume, port=port))
     assert codes == [0] * world_size, "\n".join(outputs)
     return outputs[0]
 

@@ -73,9 +73,10 @@ def checkpoints(run_dir: Path) -> list[str]:
         (["train.micro_batch_size=2"], "train.micro_batch_size is 1 in the checkpoint and 2 here"),
         (["deepspeed.config=ds_configs/zero3.json"], "ZeRO stage is 0 in the checkpoint and 3 here"),
         (["train.precision=bf16", "deepspeed.config=ds_configs/zero1.json"], "train.precision is fp32"),
-        (["data.seed=7"], "seed is 7 here and 0 there"),
-        (["data.chunk_len=24"], "chunk_len is 24 here and 48 there"),
-        (["train.global_batch_size=4"], "num_lanes is 4 here and 2 there"),
+        (["data.seed=7"], "data.seed is 7 here and 0 there"),
+        (["data.chunk_len=24"], "data.chunk_len is 24 here and 48 there"),
+        (["data.window_chunks=2"], "data.window_chunks is 2 here and 1 there"),
+        (["train.global_batch_size=4"], "lanes is 4 here and 2 there"),
     ],
 )
 def test_another_setting(pretrain: Callable[..., Result], run: Path, overrides: list[str], expected: str) -> None:
@@ -109,17 +110,17 @@ def own_data(tmp_path: Path, dataset: Path) -> Path:
 
 
 def test_another_data_set(pretrain: Callable[..., Result], run: Path, own_data: Path) -> None:
-    shard = own_data / "train/shard_00000.bin"
+    shard = own_data / "train/main/shard_00000.bin"
     raw = bytearray(shard.read_bytes())
     raw[2], raw[4] = raw[4] ^ 1, raw[2]
     shard.write_bytes(raw)
     manifest = json.loads((own_data / "manifest.json").read_text())
-    manifest["splits"]["train"]["shards"][0]["bin"]["xxh3_128"] = file_checksum(shard)
+    manifest["sources"]["main"]["splits"]["train"]["shards"][0]["bin"]["xxh3_128"] = file_checksum(shard)
     (own_data / "manifest.json").write_text(json.dumps(manifest))
 
     before = content(run)
     message = pretrain(f"data.path={own_data}", "train.steps=3").refusal
-    assert "data set is" in message and "start a new run" in message
+    assert "documents of main is" in message and "start a new run" in message
     assert content(run) == before
 
 

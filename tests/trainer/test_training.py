@@ -1,19 +1,13 @@
 """Whole runs on two CPU ranks, against a plain single-process PyTorch loop and against themselves."""
 
-import functools
-import math
-
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from mmrec_train.config import load_config
-from mmrec_train.data import LaneLoader, open_dataset
-from mmrec_train.model import MMRecForCausalLM
 from tests.trainer import ranks
+from tests.trainer.plain import LIMITS, plain_losses
 from tests.trainer.runs import write_config
 
-LIMITS = dict(memory=0.005, decay=0.003, gate=0.002)  # as in `write_config`
 # DeepSpeed swaps only what has at least a MiB, so this takes a larger model; fewer steps make up for it
 SWAPPED = ["model.hidden_dim=384", "optimizer.learning_rate=2e-3", "train.steps=10"]
 STRATEGIES = ["zero0", "zero1", "zero2", "zero3", "zero3_offload_cpu", "zero3_offload_nvme"]
@@ -25,48 +19,6 @@ def overrides_of(strategy, tmp_path):
         (tmp_path / "nvme").mkdir()
         overrides += [f"deepspeed.nvme_path={tmp_path / 'nvme'}", *SWAPPED]
     return overrides
-
-
-@functools.cache
-def plain_losses(config_path, overrides):
-    """The loss of each step from a plain loop: one process, the whole batch at once, torch's AdamW, no DeepSpeed."""
-    config = load_config(config_path, overrides)
-    steps, peak = config.train.steps, config.optimizer.learning_rate
-    data = open_dataset(config.data.path, "train", verify=False)
-    torch.manual_seed(config.train.seed)
-    model = MMRecForCausalLM(config.model.to_model_config(data.manifest.vocab_size))
-    loader = LaneLoader(
-        data, num_lanes=4, chunk_len=config.data.chunk_len, seed=0, rank=0, world_size=1, micro_batch_size=4
-    )
-    decaying = [p for n, p in model.named_parameters() if p.dim() >= 2 and not n.endswith(("null_k", "null_v"))]
-    others = [p for p in model.parameters() if not any(p is q for q in decaying)]
-    groups = [dict(params=decaying, weight_decay=0.1), dict(params=others, weight_decay=0.0)]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
-    components = {
-        "memory": ("mixer.memory.", "mixer.state_proj.", "mixer.state_norm."),
-        "decay": ("mixer.decay.",),
-        "gate": ("mixer.recurrence.",),
-    }
-    states, losses = None, []
-    for step in range(steps):
-        # linear warm-up over 3 steps, then a cosine from the peak to a tenth of it at the last step
-        rate = (step + 1) / 3 if step < 3 else 0.1 + 0.45 * (1 + math.cos(math.pi * (step - 3) / (steps - 4)))
-        for group in optimizer.param_groups:
-            group["lr"] = peak * rate
-        (chunk,) = loader.next_step()
-        model.train()
-        out = model(chunk.input_ids, shift_labels=chunk.labels, reset=chunk.reset, memory_states=states)
-        optimizer.zero_grad()
-        out.loss.backward()
-        states = [s.detach() for s in out.memory_states]
-        for component, parts in components.items():
-            members = [p for n, p in model.named_parameters() if any(part in n for part in parts)]
-            assert members
-            torch.nn.utils.clip_grad_norm_(members, LIMITS[component])
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-        optimizer.step()
-        losses.append(out.loss.item())
-    return losses
 
 
 @pytest.fixture(scope="module")
