@@ -2,65 +2,87 @@
 
 import argparse
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as ProgressBar
 
-from mmrec_train.data.ingest import Progress, prepare
-from mmrec_train.data.manifest import Manifest
-from mmrec_train.data.sources import open_source
 from mmrec_train.errors import EXIT_FAILURE, EXIT_OK, EXIT_USER_ERROR, UserError
+
+# Every worker process imports this file anew: what it does not need is imported where it is used.
+if TYPE_CHECKING:
+    from mmrec_train.data.ingest import Progress
+    from mmrec_train.data.manifest import Manifest
+    from mmrec_train.data.recipe import Recipe
 
 _EXAMPLES = """examples:
   python launch/prepare_data.py --source stdlib --train-tokenizer 4096 --out data/stdlib
   python launch/prepare_data.py --source ~/texts --train-tokenizer 32000 --out data/mine
-  python launch/prepare_data.py --source corpus.jsonl.zst --text-field body --tokenizer gpt2 --out data/corpus
+  python launch/prepare_data.py --source corpus.jsonl.zst --template '{title}: {body}' --tokenizer gpt2 --out data/a
   python launch/prepare_data.py --source HuggingFaceFW/fineweb-edu --name sample-10BT --tokenizer gpt2 \\
       --max-tokens 1000000000 --out data/fineweb
+  python launch/prepare_data.py --recipe launch/data/mixture.yaml --train-tokenizer 32000 --out data/mixture
+
+Stopped in any way, the same command goes on from where it was. docs/data_preparation.md has the details.
 """
+_OPTIONS = (  # those that a recipe has as keys
+    *("text_field", "template", "pattern", "name", "split", "max_tokens"),
+    *("min_characters", "max_characters", "language", "deduplicate", "validation_fraction"),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run with command-line `arguments` (default: the process's own); returns the exit code."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    from mmrec_train.data.ingest import Settings, prepare, usable_cores
+
     try:
-        source = open_source(
-            options.source,
-            text_field=options.text_field,
-            pattern=options.pattern,
-            name=options.name,
-            split=options.split,
-        )
-        with _progress_bar(source.text_bytes, options.max_tokens) as on_progress:
+        recipe = _recipe(parser, options)
+        with _progress_bar() as on_progress:
             manifest = prepare(
-                source,
+                recipe,
                 Path(options.out),
                 tokenizer=options.tokenizer if options.train_tokenizer is None else options.train_tokenizer,
-                validation_fraction=options.validation_fraction,
-                max_tokens=options.max_tokens,
+                settings=Settings(options.processes or usable_cores()),
                 on_progress=on_progress,
             )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
+        print("interrupted; run the same command to go on", file=sys.stderr)
         return EXIT_FAILURE
     _print_summary(manifest, options.out)
     return EXIT_OK
+
+
+def _recipe(parser: argparse.ArgumentParser, options: argparse.Namespace) -> "Recipe":
+    """That of --recipe, or of the options that describe one source."""
+    from mmrec_train.data.recipe import load_recipe, recipe_of_one
+
+    given = {key: value for key in _OPTIONS if (value := getattr(options, key)) is not None}
+    if options.recipe is None:
+        return recipe_of_one(options.source, given)
+    if given:
+        names = ", ".join(f"--{key.replace('_', '-')}" for key in given)
+        parser.error(f"{names}: write that into the recipe, {options.recipe}")
+    return load_recipe(Path(options.recipe))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--recipe", metavar="FILE.yaml", help="several sources, with weights")
+    what.add_argument(
         "--source",
-        required=True,
         help="stdlib (the Python standard library's source files); a file or folder of text, jsonl or "
         "parquet (text and jsonl also as .gz, .zst, .bz2); or the name of a data set on the Hugging Face hub",
     )
@@ -73,25 +95,40 @@ def _parser() -> argparse.ArgumentParser:
         metavar="VOCAB_SIZE",
         help="train a byte-level BPE on the beginning of the source",
     )
-    parser.add_argument("--text-field", default="text", help="jsonl field or table column (default: text)")
-    parser.add_argument(
-        "--pattern", metavar="GLOB", help="files of a folder to read, such as '*.py'; as text by default"
+    one = parser.add_argument_group("of one source (in a recipe: of each)")
+    text = one.add_mutually_exclusive_group()
+    text.add_argument("--text-field", help="jsonl field or table column (default: text)")
+    text.add_argument("--template", help="text with fields in braces, such as '{title} {meta.author}'")
+    one.add_argument("--pattern", metavar="GLOB", help="files of a folder to read, such as '*.py'; as text by default")
+    one.add_argument("--name", help="configuration of a hub data set")
+    one.add_argument("--split", help="split of a hub data set (default: train)")
+    one.add_argument("--max-tokens", type=int, help="stop with the document that reaches this many tokens")
+    one.add_argument("--min-characters", type=int, help="leave out shorter documents")
+    one.add_argument("--max-characters", type=int, help="leave out longer documents")
+    one.add_argument("--language", metavar="FIELD=A,B", help="leave out documents whose field is none of these")
+    both = parser.add_argument_group("of all sources (in a recipe: its own keys)")
+    both.add_argument(
+        "--deduplicate", action="store_true", default=None, help="leave out documents whose text has occurred"
     )
-    parser.add_argument("--name", help="configuration of a hub data set")
-    parser.add_argument("--split", help="split of a hub data set (default: train)")
-    parser.add_argument(
+    both.add_argument(
         "--validation-fraction",
         type=float,
-        default=0.02,
         help="documents held out, chosen by a hash of their text (default: 0.02)",
     )
-    parser.add_argument("--max-tokens", type=int, help="stop with the document that reaches this many tokens")
+    parser.add_argument("--processes", type=_positive, metavar="N", help="that tokenize (default: the cores there are)")
     return parser
 
 
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
 @contextmanager
-def _progress_bar(text_bytes: int | None, max_tokens: int | None) -> Iterator[Callable[[Progress], None]]:
-    """Shows each stage as a bar on a terminal, with the time left where the amount is known."""
+def _progress_bar() -> Iterator[Callable[["Progress"], None]]:
+    """Shows each stage as a bar on a terminal, with the rate, and the time left where the amount is known."""
     columns = [
         TextColumn("{task.description}"),
         BarColumn(),
@@ -102,34 +139,40 @@ def _progress_bar(text_bytes: int | None, max_tokens: int | None) -> Iterator[Ca
     console = Console(stderr=True)
     with ProgressBar(*columns, console=console, disable=not console.is_terminal) as bar:
         tasks = {}
+        begun: dict[str, tuple[float, int]] = {}  # when a stage's first report came, and its tokens then
 
-        def show(progress: Progress) -> None:
+        def show(progress: "Progress") -> None:
+            now = time.monotonic()
             if progress.stage not in tasks:
                 tasks[progress.stage] = bar.add_task(progress.stage, amount="")
+                begun[progress.stage] = now, progress.tokens
             amount = f"{progress.documents:,} documents, {progress.text_bytes / 1e6:,.1f} MB"
-            done, total = progress.text_bytes, text_bytes
             if progress.tokens:
-                amount += f", {progress.tokens:,} tokens"
-                if max_tokens is not None:
-                    done, total = progress.tokens, max_tokens
-            bar.update(tasks[progress.stage], completed=done, total=total, amount=amount)
+                since, tokens = begun[progress.stage]
+                rate = (progress.tokens - tokens) / (now - since) if now > since else 0
+                amount += f", {progress.tokens:,} tokens, {rate:,.0f} tokens/s"
+            total = None if progress.done is None else 1.0
+            bar.update(tasks[progress.stage], completed=progress.done or 0.0, total=total, amount=amount)
 
         yield show
 
 
-def _print_summary(manifest: Manifest, out: str) -> None:
-    for name, split in manifest.splits.items():
-        print(f"{name}: {split.documents:,} documents, {split.tokens:,} tokens, {len(split.shards)} shards")
+def _print_summary(manifest: "Manifest", out: str) -> None:
+    for name, source in manifest.sources.items():
+        label = "" if len(manifest.sources) == 1 else f"{name}, "
+        for split, info in source.splits.items():
+            print(f"{label}{split}: {info.documents:,} documents, {info.tokens:,} tokens, {len(info.shards)} shards")
+        if source.invalid_utf8_documents:
+            print(
+                f"{label}invalid UTF-8: {source.invalid_utf8_replaced:,} replacements by U+FFFD "
+                f"in {source.invalid_utf8_documents:,} documents"
+            )
+        if source.left_out:
+            reasons = ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in source.left_out.items())
+            print(f"{label}left out: {reasons}")
+        if skipped := source.provenance.get("files_skipped"):
+            print(f"{label}not read: {skipped:,} files of other kinds (see --pattern)")
     print(f"tokenizer: {manifest.vocab_size:,} tokens, fingerprint {manifest.tokenizer_fingerprint}")
-    if manifest.invalid_utf8_documents:
-        print(
-            f"invalid UTF-8: {manifest.invalid_utf8_replaced:,} replacements by U+FFFD "
-            f"in {manifest.invalid_utf8_documents:,} documents"
-        )
-    if manifest.empty_documents:
-        print(f"left out: {manifest.empty_documents:,} documents without text")
-    if manifest.source.get("files_skipped"):
-        print(f"not read: {manifest.source['files_skipped']:,} files of other kinds (see --pattern)")
     print(f"written to {out}")
 
 

@@ -1,4 +1,4 @@
-"""Where text comes from. A source can be read repeatedly, and gives the same documents in the same order."""
+"""Where text comes from. A source can be read again from any place it has given, and then gives the same records."""
 
 import io
 import json
@@ -7,21 +7,20 @@ import platform
 import re
 import sysconfig
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path, PurePath
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
-import httpx
 import pyarrow as pa
-import pyarrow.parquet as pq
-from huggingface_hub import HfApi
 
+from mmrec_train.data.tables import ARROW_SUFFIX, PARQUET_SUFFIX, read_arrow, read_parquet
+from mmrec_train.encoding.records import Batch, JsonLines, TextFiles
+from mmrec_train.encoding.records import Document as Document
 from mmrec_train.errors import UserError
 
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst")
 JSON_LINES_SUFFIXES = (".jsonl", ".ndjson", ".json")
-PARQUET_SUFFIX = ".parquet"
-COMPRESSED_SUFFIXES = (".gz", ".zst", ".bz2")
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 
 # Not the library itself: tests (some in broken encodings on purpose), installed packages, programs.
 _STDLIB_SKIPPED = {
@@ -35,56 +34,82 @@ _STDLIB_SKIPPED = {
     "turtledemo",
 }
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_ROWS = 1000  # rows of a table decoded at once
-_SURROGATE = re.compile("[\ud800-\udfff]")
+
+Position = dict[str, Any]  # JSON
+Stock = list[list[Any]]  # JSON: rows of a name and what must stay as it is
 
 
-@dataclass(frozen=True)
-class Document:
-    text: str  # valid Unicode: can be encoded as UTF-8
-    replaced: int  # how many U+FFFD stand for text that was not valid
+class SourceUnavailable(UserError):
+    """A source could not be reached; later it may be."""
+
+
+class Piece(NamedTuple):
+    """A batch of records, the position after it, and the part of the source up to there, in [0, 1] where known."""
+
+    batch: Batch
+    position: Position
+    done: float | None
 
 
 class Source(Protocol):
-    """`provenance` goes into the manifest; `text_bytes` is the length of all text where known beforehand."""
+    """`size` is the number of bytes that hold the source, None where unknown: for the progress only."""
 
-    provenance: dict[str, Any]
-    text_bytes: int | None
+    size: int | None
 
-    def __iter__(self) -> Iterator[Document]: ...
+    def take_stock(self, recorded: Stock | None) -> Stock:
+        """What must stay as it is while the source is read. To be called first, with what it gave earlier, if it did.
+
+        UserError where the source is no longer the recorded one.
+        """
+        ...
+
+    def provenance(self) -> dict[str, Any]:
+        """What the manifest says of the source."""
+        ...
+
+    def read(self, position: Position | None, batch_bytes: int) -> Iterator[Piece]:
+        """The records after `position` (None: all), in batches of about `batch_bytes` and at least a record."""
+        ...
 
 
 def open_source(
     source: str,
     *,
-    text_field: str,
+    fields: Sequence[str],
     pattern: str | None = None,
     name: str | None = None,
     split: str | None = None,
 ) -> Source:
     """`source` is "stdlib", a file, a folder, or the name of a data set on the Hugging Face hub.
 
-    `pattern` chooses files of a folder, `name` and `split` a part of a hub data set. UserError where nothing is
-    found.
+    `fields` are those that are needed of a record; `pattern` chooses files of a folder, `name` and `split` a part of a
+    hub data set, `split` also one of a folder written by `save_to_disk`. UserError where nothing is found.
     """
     path = Path(source).expanduser()
     is_hub = source != "stdlib" and not path.exists()
-    if not is_hub and (name is not None or split is not None):
+    has_splits = is_hub or (path / "dataset_dict.json").is_file()
+    if (name is not None and not is_hub) or (split is not None and not has_splits):
         raise UserError(f"--name and --split choose a part of a hub data set, but --source {source} is not one")
     if pattern is not None and (source == "stdlib" or not path.is_dir()):
         raise UserError(f"--pattern chooses files of a folder, but --source {source} is not a folder")
     if source == "stdlib":
         return standard_library()
+    if has_splits and not is_hub:
+        return _saved_split(path, split or "train", fields)
     if path.is_dir():
-        return _folder(path, text_field, pattern)
+        if pattern is None and (path / "state.json").is_file():
+            return _saved(path, fields)
+        return _folder(path, fields, pattern)
     if path.exists():
-        return FileSource([path], text_field, {"kind": "files", "path": source, "files": 1})
+        return FileSource([path], fields, {"kind": "files", "path": source, "files": 1})
     if source.startswith(".") or not _HUB_NAME.fullmatch(source) or _kind(path) != "unknown":
         raise UserError(f"--source {source}: no such file or folder")
-    return HubSource(source, name, split or "train", text_field)
+    from mmrec_train.data.hub import HubSource  # its library takes a second to import
+
+    return HubSource(source, name, split or "train", fields)
 
 
-def standard_library() -> Source:
+def standard_library() -> "FileSource":
     """The source files of the running Python's standard library, one document a file."""
     root = Path(sysconfig.get_path("stdlib"))
     files = [
@@ -93,17 +118,17 @@ def standard_library() -> Source:
         # Written when Python was built: names of that machine's folders.
         if file.suffix == ".py" and not file.name.startswith("_sysconfigdata")
     ]
-    return FileSource(files, "", {"kind": "stdlib", "python": platform.python_version(), "files": len(files)})
+    return FileSource(files, (), {"kind": "stdlib", "python": platform.python_version(), "files": len(files)})
 
 
-def _folder(root: Path, text_field: str, pattern: str | None) -> Source:
+def _folder(root: Path, fields: Sequence[str], pattern: str | None) -> "FileSource":
     everything = _walk(root, set())
     if pattern is not None:
         files = [file for file in everything if file.relative_to(root).match(pattern)]
     else:
         files = [file for file in everything if _kind(file) != "unknown"]
     if not files:
-        known = " ".join((*TEXT_SUFFIXES, *JSON_LINES_SUFFIXES, PARQUET_SUFFIX))
+        known = " ".join((*TEXT_SUFFIXES, *JSON_LINES_SUFFIXES, PARQUET_SUFFIX, ARROW_SUFFIX))
         wanted = (
             f"no file matches --pattern {pattern}" if pattern else f"no file ends in {known} (or these with .gz .zst)"
         )
@@ -116,7 +141,29 @@ def _folder(root: Path, text_field: str, pattern: str | None) -> Source:
     }
     if pattern is not None:
         provenance["pattern"] = pattern
-    return FileSource(files, text_field, provenance)
+    return FileSource(files, fields, provenance)
+
+
+def _saved_split(root: Path, split: str, fields: Sequence[str]) -> "FileSource":
+    """One split of what `datasets.DatasetDict.save_to_disk` wrote."""
+    splits = _read_json(root / "dataset_dict.json").get("splits", [])
+    if split not in splits:
+        raise UserError(f"--source {root} has no split {split}; there are {', '.join(splits)}. Choose with --split.")
+    return _saved(root / split, fields)
+
+
+def _saved(root: Path, fields: Sequence[str]) -> "FileSource":
+    """What `datasets.Dataset.save_to_disk` wrote: the rows in their order, which is that of its list of files."""
+    files = [root / file["filename"] for file in _read_json(root / "state.json").get("_data_files", [])]
+    if not files:
+        raise UserError(f"--source {root}: its state.json lists no files")
+    return FileSource(files, fields, {"kind": "files", "path": str(root), "files": len(files)})
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    with _named(path):
+        value = json.loads(path.read_text("utf-8"))
+    return value if isinstance(value, dict) else {}
 
 
 def _walk(root: Path, skipped: set[str]) -> list[Path]:
@@ -129,154 +176,155 @@ def _walk(root: Path, skipped: set[str]) -> list[Path]:
 
 
 def _kind(path: PurePath) -> str:
-    """One of text, jsonl, parquet and unknown: by the suffix, or the one before a compression's."""
-    if path.suffix in COMPRESSED_SUFFIXES:
+    """One of text, jsonl, parquet, arrow and unknown: by the suffix, or the one before a compression's."""
+    if path.suffix in COMPRESSIONS:
         path = path.with_suffix("")
-    elif path.suffix == PARQUET_SUFFIX:
-        return "parquet"
+    elif path.suffix in (PARQUET_SUFFIX, ARROW_SUFFIX):
+        return path.suffix[1:]
     if path.suffix in JSON_LINES_SUFFIXES:
         return "jsonl"
     return "text" if path.suffix in TEXT_SUFFIXES else "unknown"
 
 
+class _Place(NamedTuple):
+    """Files before `file` are done. Of it, `offset` bytes (tables: rows), which are `line` lines."""
+
+    file: int = 0
+    offset: int = 0
+    line: int = 0
+
+
 class FileSource:
-    """Local files: text (one document a file), JSON lines (one a line) and parquet (one a row)."""
+    """Local files: text (one document a file), JSON lines (one a line), parquet and Arrow tables (one a row)."""
 
-    def __init__(self, files: Sequence[Path], text_field: str, provenance: dict[str, Any]) -> None:
+    def __init__(self, files: Sequence[Path], fields: Sequence[str], provenance: dict[str, Any]) -> None:
         self._files = files
-        self._text_field = text_field
-        kinds = {_kind(file) for file in files}
-        if kinds & {"jsonl", "parquet"}:
-            provenance = {**provenance, "text_field": text_field}
-        self.provenance = provenance
-        all_plain = kinds <= {"text", "unknown"} and not any(file.suffix in COMPRESSED_SUFFIXES for file in files)
-        self.text_bytes = sum(file.stat().st_size for file in files) if all_plain else None
+        self._fields = fields
+        self._provenance = provenance
+        self._stock: Stock = []
+        self.size: int | None = None
 
-    def __iter__(self) -> Iterator[Document]:
-        for file in self._files:
-            kind = _kind(file)
-            try:
-                if kind == "parquet":
-                    yield from _read_parquet(file, self._text_field)
-                elif kind == "jsonl":
-                    yield from _read_json_lines(file, self._text_field)
+    def take_stock(self, recorded: Stock | None) -> Stock:
+        self._stock = [[str(file), *_size_and_time(file)] for file in self._files]
+        self.size = sum(size for _, size, _ in self._stock)
+        if recorded is not None and recorded != self._stock:
+            raise UserError(f"the input is no longer what was begun with: {_difference(recorded, self._stock)}")
+        return self._stock
+
+    def provenance(self) -> dict[str, Any]:
+        return self._provenance
+
+    def read(self, position: Position | None, batch_bytes: int) -> Iterator[Piece]:
+        assert self._stock and self.size is not None, "take_stock comes first"
+        start = _Place(**position) if position else _Place()
+        before = sum(size for _, size, _ in self._stock[: start.file])
+        texts: list[bytes] = []
+        waiting = 0  # bytes of texts
+        for number in range(start.file, len(self._files)):
+            file, size = self._files[number], self._stock[number][1]
+            self._check_unchanged(number)
+            with _named(file):
+                if _kind(file) in ("text", "unknown"):
+                    with _Stream(file) as stream:
+                        texts.append(stream.read())
+                    waiting += len(texts[-1])
                 else:
-                    with _open(file) as stream:
-                        yield decode_utf8(stream.read())
-            except (OSError, pa.ArrowException) as error:  # no permission; a damaged archive or table
-                reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-                raise UserError(f"cannot read {file}: {reason}") from error
+                    if texts:
+                        yield self._piece(TextFiles(texts), _Place(number), before)
+                        texts, waiting = [], 0
+                    place = start if number == start.file else _Place(number)
+                    for batch, after, part in self._read_file(file, place, batch_bytes):
+                        yield self._piece(batch, after, before + part * size)
+            self._check_unchanged(number)
+            before += size
+            if waiting >= batch_bytes:
+                yield self._piece(TextFiles(texts), _Place(number + 1), before)
+                texts, waiting = [], 0
+        if texts:
+            yield self._piece(TextFiles(texts), _Place(len(self._files)), before)
+
+    def _piece(self, batch: Batch, place: _Place, read_bytes: float) -> Piece:
+        assert self.size is not None
+        return Piece(batch, place._asdict(), min(1.0, read_bytes / max(1, self.size)))
+
+    def _read_file(self, file: Path, start: _Place, batch_bytes: int) -> Iterator[tuple[Batch, _Place, float]]:
+        """Batches of a file, the place after each, and the part of the file up to there."""
+        if _kind(file) == "jsonl":
+            for lines, offset, part in _read_json_lines(file, start.offset, start.line, batch_bytes):
+                yield lines, _Place(start.file, offset, lines.first_line - 1 + lines.data.count(b"\n")), part
+        else:
+            read = read_parquet if _kind(file) == "parquet" else read_arrow
+            for rows, offset, part in read(file, self._fields, start.offset, batch_bytes):
+                yield rows, _Place(start.file, offset), part
+
+    def _check_unchanged(self, number: int) -> None:
+        path, *before = self._stock[number]
+        if _size_and_time(Path(path)) != before:
+            raise UserError(f"{path} was changed while it was read")
 
 
-class HubSource:
-    """A data set on the Hugging Face hub, streamed: nothing but the rows that are read is downloaded."""
-
-    text_bytes: int | None = None
-
-    def __init__(self, dataset: str, name: str | None, split: str, text_field: str) -> None:
-        self._dataset, self._name, self._split, self._text_field = dataset, name, split, text_field
-        self.provenance: dict[str, Any] = {
-            "kind": "hub",
-            "dataset": dataset,
-            "name": name,
-            "split": split,
-            "revision": self._latest_revision(),
-            "text_field": text_field,
-        }
-
-    def _latest_revision(self) -> str | None:
-        """The commit to read: named, so that every reading sees the same rows and the manifest says which."""
-        try:
-            return HfApi().dataset_info(self._dataset).sha
-        except (OSError, ValueError, httpx.HTTPError) as error:
-            raise self._unreadable(error) from error
-
-    def __iter__(self) -> Iterator[Document]:
-        import datasets  # takes seconds to import, and is only needed here
-
-        where = f"{self._dataset} (split {self._split})"
-        try:
-            stream = datasets.load_dataset(
-                self._dataset,
-                self._name,
-                split=self._split,
-                revision=self.provenance["revision"],
-                streaming=True,
-            )
-            for table in stream.with_format("arrow").iter(batch_size=_ROWS):
-                yield from _column_documents(table, self._text_field, where)
-        except (OSError, ValueError, httpx.HTTPError, datasets.exceptions.DatasetsError) as error:
-            # The network, an unknown name or split, rows that do not parse.
-            raise self._unreadable(error) from error
-
-    def _unreadable(self, error: Exception) -> UserError:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        return UserError(
-            f"reading --source {self._dataset} from the Hugging Face hub failed (no local file or folder has that "
-            f"name): {reason} Check the name, --name, --split and the network; private data sets need "
-            "`hf auth login`."
-        )
+def _size_and_time(file: Path) -> list[int]:
+    with _named(file):
+        status = file.stat()
+    return [status.st_size, status.st_mtime_ns]
 
 
-def decode_utf8(data: bytes) -> Document:
-    """Decode, with U+FFFD for what is not UTF-8, and drop a byte order mark."""
-    data = data.removeprefix(b"\xef\xbb\xbf")
+def _difference(before: Stock, now: Stock) -> str:
+    """The first difference between two lists of files, in words."""
+    then, later = ({path: rest for path, *rest in stock} for stock in (before, now))
+    for path in {**then, **later}:
+        if path not in later:
+            return f"{path} is not read any more"
+        if path not in then:
+            return f"{path} was not there"
+        if then[path] != later[path]:
+            return f"{path} was changed ({then[path][0]} bytes then, {later[path][0]} now)"
+    return "the files come in another order"
+
+
+@contextmanager
+def _named(file: Path) -> Iterator[None]:
+    """Errors of reading (no permission; a damaged archive or table) as UserError with the file's name."""
     try:
-        return Document(data.decode("utf-8"), 0)
-    except UnicodeDecodeError:
-        text = data.decode("utf-8", errors="replace")
-        return Document(text, text.count("\ufffd") - data.count("\ufffd".encode()))
+        yield
+    except (OSError, ValueError, pa.ArrowException) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise UserError(f"cannot read {file}: {reason}") from error
 
 
-def _open(path: Path) -> io.BufferedReader:
-    """Open for reading, decompressed by suffix. Arrow reads concatenated frames and reports truncated ones."""
-    stream = pa.input_stream(str(path), compression="detect")
-    return io.BufferedReader(stream)
+class _Stream(io.BufferedReader):
+    """A file's bytes, decompressed by its suffix. Arrow reads concatenated frames and reports truncated ones."""
+
+    def __init__(self, path: Path) -> None:
+        self._raw_file = pa.OSFile(str(path))
+        self._size = max(1, self._raw_file.size())
+        compression = COMPRESSIONS.get(path.suffix)
+        super().__init__(pa.CompressedInputStream(self._raw_file, compression) if compression else self._raw_file)
+        self.is_compressed = compression is not None
+
+    @property
+    def part(self) -> float:
+        """How much of the file has been read, in [0, 1]."""
+        return self._raw_file.tell() / self._size
+
+    def skip(self, size: int) -> None:
+        """Go on behind the first `size` bytes."""
+        if not self.is_compressed:
+            self.seek(size)
+            return
+        while size:
+            skipped = len(self.read(min(size, 1 << 20)))
+            if not skipped:
+                raise ValueError("it ends before the place that had been reached")
+            size -= skipped
 
 
-def _read_json_lines(path: Path, text_field: str) -> Iterator[Document]:
-    with _open(path) as stream:
-        for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
-            decoded = decode_utf8(line)
-            try:
-                record = json.loads(decoded.text)
-            except (ValueError, RecursionError) as error:
-                reason = error.msg if isinstance(error, json.JSONDecodeError) else error
-                raise UserError(f"{path}, line {number}: not JSON ({reason}); one object a line is expected") from None
-            if not isinstance(record, dict):
-                raise UserError(f"{path}, line {number}: not a JSON object; one object a line is expected")
-            if text_field not in record:
-                raise UserError(_no_field(f"{path}, line {number}", text_field, list(record)))
-            text = record[text_field]
-            if text is not None and not isinstance(text, str):
-                raise UserError(f"{path}, line {number}: field {text_field} is not text but {type(text).__name__}")
-            # JSON can spell half a surrogate pair, which no UTF-8 text can hold.
-            text, halves = _SURROGATE.subn("\ufffd", text or "")
-            yield Document(text, decoded.replaced + halves)
-
-
-def _read_parquet(path: Path, text_field: str) -> Iterator[Document]:
-    with pq.ParquetFile(path) as file:
-        if text_field not in file.schema_arrow.names:
-            raise UserError(_no_field(str(path), text_field, file.schema_arrow.names))
-        for batch in file.iter_batches(batch_size=_ROWS, columns=[text_field]):
-            yield from _column_documents(pa.Table.from_batches([batch]), text_field, str(path))
-
-
-def _column_documents(table: pa.Table, text_field: str, where: str) -> Iterator[Document]:
-    if text_field not in table.column_names:
-        raise UserError(_no_field(where, text_field, table.column_names))
-    column = table.column(text_field)
-    kind = column.type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)):
-        raise UserError(f"{where}: column {text_field} holds {kind}, not text")
-    # As bytes: Arrow does not check that strings are UTF-8, and one that is not would stop the whole table.
-    for value in column.cast(pa.large_binary()):
-        yield decode_utf8(value.as_py() or b"")
-
-
-def _no_field(where: str, text_field: str, fields: Sequence[str]) -> str:
-    found = ", ".join(fields) or "none"
-    return f"{where}: no field {text_field}; there are {found}. Choose one with --text-field."
+def _read_json_lines(path: Path, offset: int, line: int, batch_bytes: int) -> Iterator[tuple[JsonLines, int, float]]:
+    """Blocks of whole lines, the place after each in bytes, and the part of the file up to there."""
+    with _Stream(path) as stream:
+        stream.skip(offset)
+        while data := stream.read(batch_bytes):
+            data += stream.readline()
+            offset += len(data)
+            yield JsonLines(str(path), line + 1, data), offset, stream.part
+            line += data.count(b"\n")

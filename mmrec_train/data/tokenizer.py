@@ -8,8 +8,10 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from mmrec_train.data.cache_folder import CacheSettings
 from mmrec_train.data.checksums import json_checksum
-from mmrec_train.data.manifest import TOKENIZER_NAME, read_manifest
+from mmrec_train.data.storage import data_folder
+from mmrec_train.encoding.workers import only_text
 from mmrec_train.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -54,21 +56,21 @@ def pretrained_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer that made the data set in the folder `path`; UserError if it is absent or another one."""
-    folder = Path(path)
-    manifest = read_manifest(folder)
-    found = fingerprint(folder / TOKENIZER_NAME)
+def load_tokenizer(path: str | Path, cache: CacheSettings | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer that made the data set at `path`, a folder or a URL; UserError if it is absent or another one."""
+    data = data_folder(path, cache)
+    manifest, folder = data.manifest(), data.tokenizer()
+    found = fingerprint(folder)
     if found != manifest.tokenizer_fingerprint:
         raise UserError(
-            f"{folder / TOKENIZER_NAME} is not the tokenizer that made this data set: its fingerprint is {found}, "
+            f"{folder} is not the tokenizer that made this data set: its fingerprint is {found}, "
             f"the manifest says {manifest.tokenizer_fingerprint}. Put the original tokenizer back, or prepare the "
             "data set again."
         )
-    tokenizer = pretrained_tokenizer(str(folder / TOKENIZER_NAME))
+    tokenizer = pretrained_tokenizer(str(folder))
     if special_ids(tokenizer) != (manifest.bos_id, manifest.eos_id):
         raise UserError(
-            f"{folder / TOKENIZER_NAME}: its bos and eos ids are {special_ids(tokenizer)}, the manifest says "
+            f"{folder}: its bos and eos ids are {special_ids(tokenizer)}, the manifest says "
             f"{(manifest.bos_id, manifest.eos_id)}. Put the original tokenizer_config.json back."
         )
     return tokenizer
@@ -101,11 +103,7 @@ class Encoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._bos, _ = special_ids(tokenizer)
-        self._backend = tokenizer.backend_tokenizer
-        self._backend.no_truncation()
-        self._backend.no_padding()
-        # Text that happens to spell a special token must not end the document.
-        self._backend.encode_special_tokens = True
+        self._backend = only_text(tokenizer.backend_tokenizer)
 
     def __call__(self, texts: Sequence[str]) -> list[np.ndarray]:
         """One int64 array per text."""

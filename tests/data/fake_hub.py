@@ -3,8 +3,10 @@
 import hashlib
 import json
 import re
+import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -13,15 +15,28 @@ REVISION = "0123456789abcdef0123456789abcdef01234567"
 
 
 @contextmanager
-def fake_hub(dataset: str, files: dict[str, bytes]) -> Iterator[str]:
-    """Serve `files` (by path) as the data set `dataset` (OWNER/NAME); yields the endpoint's address."""
+def fake_hub(
+    dataset: str, files: dict[str, bytes], trouble: Callable[[str], int | float | None] = lambda path: None
+) -> Iterator[str]:
+    """Serve `files` (by path) as the data set `dataset` (OWNER/NAME); yields the endpoint's address.
+
+    `trouble` is asked before each answer to a path: a status (an integer) is answered in its place, after so many
+    seconds (a float) the connection is cut off without an answer, None means no trouble.
+    """
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True  # which makes each of hundreds of answers wait 40 ms
 
         def do_GET(self) -> None:
             path = unquote(urlsplit(self.path).path)
-            if path in (f"/api/datasets/{dataset}", f"/api/datasets/{dataset}/revision/{REVISION}"):
+            found = trouble(path)
+            if isinstance(found, float):
+                time.sleep(found)
+                self.close_connection = True
+            elif found is not None:
+                self._answer(found, b"", {})
+            elif path in (f"/api/datasets/{dataset}", f"/api/datasets/{dataset}/revision/{REVISION}"):
                 self._json(_repository(dataset, files))
             elif match := re.fullmatch(f"/api/datasets/{dataset}/tree/{REVISION}(/.*)?", path):
                 self._json(_tree(files, (match[1] or "").strip("/")))
@@ -70,7 +85,7 @@ def fake_hub(dataset: str, files: dict[str, bytes]) -> Iterator[str]:
         def log_message(self, format: str, *args: object) -> None:
             """Silent: the tests' output is for failures."""
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = _Server(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
@@ -79,6 +94,13 @@ def fake_hub(dataset: str, files: dict[str, bytes]) -> Iterator[str]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Silent about clients that go away: some are killed."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)  # type: ignore[arg-type]
 
 
 def _blob_id(data: bytes) -> str:

@@ -1,22 +1,17 @@
 """The command, as a user calls it."""
 
-import io
-import os
-import subprocess
-import sys
 import sysconfig
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from launch.prepare_data import main
 from mmrec_train.data import LaneLoader, load_tokenizer, open_dataset
+from mmrec_train.data.lanes import StreamSettings
 from mmrec_train.errors import EXIT_FAILURE, EXIT_OK, EXIT_USER_ERROR
-from tests.data.fake_hub import REVISION, fake_hub
+from tests.data.fake_hub import fake_hub
+from tests.data.texts import TEXTS, stored_texts, write_lines
 
-ROOT = Path(__file__).parents[2]
 STDLIB = Path(sysconfig.get_path("stdlib"))
 
 
@@ -25,13 +20,14 @@ def test_standard_library_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixtu
     command = ["--source", "stdlib", "--train-tokenizer", "512", "--max-tokens", "200000", "--out", str(out)]
     assert main([*command, "--validation-fraction", "0.1"]) == EXIT_OK
     dataset = open_dataset(out, "train", verify=True)
-    loader = LaneLoader(dataset, num_lanes=4, chunk_len=64, seed=0, rank=0, world_size=1, micro_batch_size=4)
+    loader = LaneLoader(dataset, StreamSettings(), num_lanes=4, chunk_len=64, micro_batch_size=4)
     [chunk] = loader.next_step()
-    text = load_tokenizer(out).decode(chunk.input_ids[0, 1:])
+    end = [*chunk.reset[0, 1:].tolist(), True].index(True) + 1  # of the first document, in the chunk
+    text = load_tokenizer(out).decode(chunk.input_ids[0, 1:end])
     assert any(file.read_text(errors="replace").startswith(text) for file in STDLIB.rglob("*.py"))
     assert chunk.input_ids.max() < dataset.manifest.vocab_size == 512
     assert f"train: {dataset.num_documents:,} documents, {dataset.num_tokens:,} tokens" in capsys.readouterr().out
-    total = dataset.num_tokens + dataset.manifest.splits["validation"].tokens
+    total = dataset.num_tokens + dataset.manifest.sources["main"].splits["validation"].tokens
     assert 200_000 <= total < 250_000
 
 
@@ -46,7 +42,7 @@ def test_summary_names_what_was_repaired_and_left_out(tmp_path: Path, capsys: py
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("train: 1 documents, ")
     assert "invalid UTF-8: 2 replacements by U+FFFD in 1 documents" in lines
-    assert "left out: 1 documents without text" in lines
+    assert "left out: 1 empty" in lines
     assert "not read: 1 files of other kinds (see --pattern)" in lines
 
 
@@ -71,53 +67,16 @@ def test_an_interrupt_is_one_message(
     def interrupted(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("launch.prepare_data.prepare", interrupted)
+    monkeypatch.setattr("mmrec_train.data.ingest.prepare", interrupted)
     assert main(["--source", "stdlib", "--train-tokenizer", "300", "--out", str(tmp_path)]) == EXIT_FAILURE
-    assert capsys.readouterr().err == "interrupted; nothing was written\n"
-
-
-def parquet(texts: list[str]) -> bytes:
-    buffer = io.BytesIO()
-    pq.write_table(pa.table({"id": list(range(len(texts))), "body": texts}), buffer)
-    return buffer.getvalue()
-
-
-def test_hub_data_set(tmp_path: Path) -> None:
-    """In a process of its own, because the libraries read the hub's address when they are imported."""
-    texts = [f"row {number} of the data set" for number in range(50)]
-    files = {
-        "data/train-00000-of-00002.parquet": parquet(texts[:30]),
-        "data/train-00001-of-00002.parquet": parquet(texts[30:]),
-        "data/test-00000-of-00001.parquet": parquet(["another split"]),
-    }
-    usual = ["--source", "acme/texts", "--text-field", "body", "--train-tokenizer", "300"]
-    good = [*usual, "--validation-fraction", "0", "--out", str(tmp_path / "out")]
-    bad = [*usual, "--split", "nope", "--out", str(tmp_path / "bad")]
-    with fake_hub("acme/texts", files) as endpoint:
-        done = subprocess.run(
-            [sys.executable, "-c", f"from launch.prepare_data import main; print(main({good}), main({bad}))"],
-            cwd=ROOT,
-            env={**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home")},
-            capture_output=True,
-            text=True,
-            timeout=200,
-            check=False,
-        )
-    assert done.stdout.splitlines()[-1] == f"{EXIT_OK} {EXIT_USER_ERROR}", done.stderr
-    dataset = open_dataset(tmp_path / "out", "train", verify=True)
-    tokenizer = load_tokenizer(tmp_path / "out")
-    stored = [dataset.read(i, 1, dataset.document_length(i)) for i in range(dataset.num_documents)]
-    assert [tokenizer.decode(document) for document in stored] == texts
-    assert dataset.manifest.source["revision"] == REVISION
-    assert "Bad split: nope. Available splits: ['train', 'test']" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert not (tmp_path / "bad").exists()
+    assert capsys.readouterr().err == "interrupted; run the same command to go on\n"
 
 
 @pytest.mark.parametrize("running", [True, False])
 def test_hub_without_the_data_set_and_without_answer(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, running: bool
 ) -> None:
+    monkeypatch.setattr("mmrec_train.data.hub._FIRST_WAIT", 0.01)
     with fake_hub("acme/texts", {}) as endpoint:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
         command = ["--source", "acme/other", "--train-tokenizer", "300", "--out", str(tmp_path / "out")]
@@ -128,3 +87,55 @@ def test_hub_without_the_data_set_and_without_answer(
     message = capsys.readouterr().err
     assert message.startswith("error: reading --source acme/other from the Hugging Face hub failed")
     assert ("404" in message) == running
+
+
+def test_options_of_one_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    records = [
+        {"title": f"t{n % 5}", "body": "b" * n, "meta": {"lang": ["en", "de", "fr"][n % 3]}, "n": n} for n in range(30)
+    ]
+    source, out = write_lines(tmp_path / "a.jsonl", records), tmp_path / "out"
+    command = ["--source", str(source), "--template", "{title}\n{body}", "--language", "meta.lang=en,de"]
+    command += ["--min-characters", "8", "--max-characters", "25", "--deduplicate", "--processes", "1"]
+    command += ["--train-tokenizer", "300", "--validation-fraction", "0", "--out", str(out)]
+    assert main(command) == EXIT_OK
+    expected = [f"t{n % 5}\n" + "b" * n for n in range(30) if n % 3 < 2 and 8 <= 3 + n <= 25]
+    assert stored_texts(out) == expected
+    assert "left out: 4 too short, 4 too long, 10 language" in capsys.readouterr().out
+
+
+def test_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_lines(tmp_path / "a.jsonl", ["one", "two", ""])
+    write_lines(tmp_path / "b.jsonl", ["two", "three"])
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "sources:\n  a: {source: a.jsonl, weight: 3}\n  b: {source: b.jsonl, weight: 1}\ndeduplicate: true\n"
+    )
+    command = ["--recipe", str(recipe), "--train-tokenizer", "300", "--processes", "1", "--out", str(tmp_path / "out")]
+    recipe.write_text(recipe.read_text() + "validation_fraction: none\n")
+    assert main(command) == EXIT_USER_ERROR
+    assert "recipe.yaml:5: validation_fraction: must be a valid number" in capsys.readouterr().err
+    recipe.write_text(recipe.read_text().replace("none", "0"))
+    assert main(command) == EXIT_OK
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" documents")[0] for line in lines[:1]] == ["a, train: 2"]
+    assert "a, left out: 1 empty" in lines and "b, left out: 1 duplicate" in lines
+    assert stored_texts(tmp_path / "out", source="b") == ["three"]
+
+
+def test_options_that_belong_into_the_recipe_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["--recipe", "r.yaml", "--deduplicate", "--text-field", "x", "--train-tokenizer", "300", "--out", "out"]
+    with pytest.raises(SystemExit):
+        main(command)
+    assert "--text-field, --deduplicate: write that into the recipe, r.yaml" in capsys.readouterr().err
+
+
+def test_progress_on_a_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "160")
+    source = write_lines(tmp_path / "a.jsonl", TEXTS)
+    command = ["--source", str(source), "--train-tokenizer", "300", "--processes", "1", "--out", str(tmp_path / "out")]
+    assert main(command) == EXIT_OK
+    shown = capsys.readouterr().err
+    assert "training the tokenizer" in shown and "200 documents" in shown and "tokens/s" in shown and "0:00:00" in shown

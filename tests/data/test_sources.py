@@ -1,7 +1,9 @@
 import bz2
 import gzip
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -10,7 +12,8 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmrec_train.data.sources import Document, decode_utf8, open_source, standard_library
+from mmrec_train.data.sources import Piece, Position, open_source, standard_library
+from mmrec_train.encoding.records import Document, Extraction, Template, decode_utf8
 from mmrec_train.errors import UserError
 
 TEXTS = ["first\nline", "zweite Zeile: äöü", "", "third 𝛾", "fourth " * 500]
@@ -18,11 +21,28 @@ TEXTS = ["first\nline", "zweite Zeile: äöü", "", "third 𝛾", "fourth " * 50
 INVALID, REPAIRED, REPLACED = b"a\xffb\xc0\x80c\xef\xbf\xbd", "a\ufffdb\ufffd\ufffdc\ufffd", 3
 
 
-def read(source: Path | str, **choice: str) -> list[Document]:
-    return list(open_source(str(source), text_field=choice.pop("text_field", "text"), **choice))
+def pieces(
+    source: Path | str,
+    extraction: Extraction,
+    position: Position | None = None,
+    batch_bytes: int = 1 << 20,
+    **choice: str,
+) -> list[Piece]:
+    opened = open_source(str(source), fields=extraction.fields, **choice)
+    opened.take_stock(None)
+    return list(opened.read(position, batch_bytes))
 
 
-def texts(source: Path | str, **choice: str) -> list[str]:
+def documents(found: Sequence[Piece], extraction: Extraction) -> list[Document]:
+    return [document for piece in found for document in piece.batch.documents(extraction)]
+
+
+def read(source: Path | str, text_field: str = "text", **choice: Any) -> list[Document]:
+    extraction = Extraction(Template.of_field(text_field))
+    return documents(pieces(source, extraction, **choice), extraction)
+
+
+def texts(source: Path | str, **choice: Any) -> list[str]:
     return [document.text for document in read(source, **choice)]
 
 
@@ -55,7 +75,6 @@ def test_compressed_text(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"file.txt{suffix}"
     path.write_bytes(compress(TEXTS[4].encode(), suffix))
     assert texts(path) == [TEXTS[4]]
-    assert open_source(str(path), text_field="text").text_bytes is None
 
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string()])
@@ -71,31 +90,31 @@ def test_folder_is_read_in_a_fixed_order_and_unknown_files_are_counted(tmp_path:
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps({"text": name}) if name.endswith("jsonl") else name)
-    source = open_source(str(tmp_path), text_field="text")
-    assert [document.text for document in source] == ["a/z.md", "a-b/c.txt", "a.jsonl", "b.txt"]
-    assert [document.text for document in source] == [document.text for document in source]
-    assert source.provenance["files"] == 4
-    assert source.provenance["files_skipped"] == 1
+    assert texts(tmp_path) == texts(tmp_path) == ["a/z.md", "a-b/c.txt", "a.jsonl", "b.txt"]
+    provenance = open_source(str(tmp_path), fields=["text"]).provenance()
+    assert (provenance["files"], provenance["files_skipped"]) == (4, 1)
 
 
 def test_pattern_chooses_files_and_reads_unknown_ones_as_text(tmp_path: Path) -> None:
     (tmp_path / "src").mkdir()
     (tmp_path / "src/a.py").write_text("print()")
     (tmp_path / "b.txt").write_text("not chosen")
-    source = open_source(str(tmp_path), text_field="text", pattern="*.py")
-    assert [document.text for document in source] == ["print()"]
-    assert source.provenance["pattern"] == "*.py"
-    assert source.text_bytes == 7
+    assert texts(tmp_path, pattern="*.py") == ["print()"]
+    source = open_source(str(tmp_path), fields=["text"], pattern="*.py")
+    assert source.provenance()["pattern"] == "*.py"
+    source.take_stock(None)
+    assert source.size == 7
 
 
 def test_standard_library_is_real_text_without_tests() -> None:
     source = standard_library()
-    assert source.text_bytes is not None
-    assert source.text_bytes > 5_000_000
-    documents = list(source)
-    assert len(documents) == source.provenance["files"]
-    assert any("class JSONDecoder" in document.text for document in documents)
-    assert sum(document.replaced for document in documents) == 0
+    source.take_stock(None)
+    assert source.size is not None and source.size > 5_000_000
+    extraction = Extraction(Template.of_field("text"))
+    found = documents(list(source.read(None, 1 << 20)), extraction)
+    assert len(found) == source.provenance()["files"]
+    assert any("class JSONDecoder" in document.text for document in found)
+    assert sum(document.replaced for document in found) == 0
 
 
 @given(st.binary(max_size=40))
@@ -179,17 +198,143 @@ def test_damaged_archives_are_named(tmp_path: Path, suffix: str) -> None:
 def test_sources_that_are_not_there(tmp_path: Path) -> None:
     for missing in (tmp_path / "absent.txt", "absent.jsonl", "./absent", "a/b/c"):
         with pytest.raises(UserError, match="no such file or folder"):
-            open_source(str(missing), text_field="text")
+            open_source(str(missing), fields=["text"])
     (tmp_path / "image.png").write_bytes(b"")
     with pytest.raises(UserError, match=r"no file ends in \.txt"):
-        open_source(str(tmp_path), text_field="text")
+        open_source(str(tmp_path), fields=["text"])
     with pytest.raises(UserError, match=r"no file matches --pattern \*\.py"):
-        open_source(str(tmp_path), text_field="text", pattern="*.py")
+        open_source(str(tmp_path), fields=["text"], pattern="*.py")
 
 
 def test_choices_that_do_not_apply_are_refused(tmp_path: Path) -> None:
     for choice in ({"name": "en"}, {"split": "test"}):
         with pytest.raises(UserError, match="--name and --split choose a part of a hub data set"):
-            open_source(str(tmp_path), text_field="text", **choice)
+            open_source(str(tmp_path), fields=["text"], **choice)
     with pytest.raises(UserError, match="--pattern chooses files of a folder"):
-        open_source("stdlib", text_field="text", pattern="*.py")
+        open_source("stdlib", fields=["text"], pattern="*.py")
+
+
+def every_form(folder: Path, many: int) -> dict[str, tuple[Path, Any]]:
+    """Sources of `many` records each with a title, a body and an inner language, some of them null."""
+    records: list[dict[str, Any]] = [
+        {"title": f"t{n}", "body": f"body {n} " * (n % 50), "n": n, "meta": {"lang": None if n % 5 == 0 else "en"}}
+        for n in range(many)
+    ]
+    table = pa.Table.from_pylist(records)
+    lines = "".join(json.dumps(record) + "\n" for record in records).encode()
+    (folder / "a.jsonl").write_bytes(lines)
+    (folder / "b.jsonl.zst").write_bytes(compress(lines, ".zst"))
+    pq.write_table(table, folder / "c.parquet", row_group_size=many // 3)
+    with pa.OSFile(str(folder / "d.arrow"), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table, max_chunksize=many // 4)
+    with pa.OSFile(str(folder / "e.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table, max_chunksize=many // 4)
+    expected = [Document(f"{r['title']}\n{r['body']}|{r['n']}", 0, r["meta"]["lang"]) for r in records]
+    return {path.name: (path, expected) for path in sorted(folder.iterdir())} | {"all": (folder, expected * 5)}
+
+
+@pytest.mark.parametrize("batch_bytes", [1, 3000, 1 << 20])
+def test_every_form_gives_the_same_and_can_be_gone_on_with_from_every_place(tmp_path: Path, batch_bytes: int) -> None:
+    extraction = Extraction(Template.parse("{title}\n{body}|{n}"), "meta.lang")
+    for name, (path, expected) in every_form(tmp_path, 60 if batch_bytes == 1 else 300).items():
+        found = pieces(path, extraction, batch_bytes=batch_bytes)
+        assert documents(found, extraction) == expected, name
+        shares = [piece.done for piece in found]
+        assert shares == sorted(shares) and 0.99 < shares[-1] <= 1  # type: ignore[type-var,operator]
+        for number in range(0, len(found), 1 + len(found) // 12):
+            position = json.loads(json.dumps(found[number].position))
+            rest = pieces(path, extraction, position, batch_bytes=batch_bytes)
+            before = len(documents(found[: number + 1], extraction))
+            assert documents(rest, extraction) == expected[before:], (name, number)
+
+
+def test_batches_are_of_the_size_that_was_asked_for(tmp_path: Path) -> None:
+    records = [{"text": "x" * (100 if number % 50 else 30_000)} for number in range(2000)]
+    for name, sink in (("a.jsonl", None), ("b.parquet", pq.write_table)):
+        path = tmp_path / name
+        if sink is None:
+            path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        else:
+            sink(pa.Table.from_pylist(records), path)
+        found = pieces(path, Extraction(Template.of_field("text")), None, 20_000)
+        sizes = [len(piece.batch.data) for piece in found]  # type: ignore[union-attr]
+        assert sum(sizes) > 1_300_000
+        assert max(sizes) < 20_000 + 41_000  # a record more, and what a table says of its columns
+        assert sorted(sizes)[len(sizes) // 2] > 5_000
+
+
+def test_only_the_columns_that_are_needed_are_passed_on(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": ["a"], "image": [b"x" * 100_000], "meta": [{"lang": "en", "y": 1}]}), path)
+    extraction = Extraction(Template.of_field("text"), "meta.lang")
+    [piece] = pieces(path, extraction)
+    assert len(piece.batch.data) < 2000  # type: ignore[union-attr]
+    assert documents([piece], extraction) == [Document("a", 0, "en")]
+
+
+def test_folders_that_datasets_saved(tmp_path: Path) -> None:
+    import datasets
+
+    rows = [f"row {number}" for number in range(25)]
+    whole = datasets.Dataset.from_dict({"text": rows, "n": list(range(25))})
+    whole.save_to_disk(tmp_path / "one", num_shards=3)
+    assert texts(tmp_path / "one") == rows
+    splits = datasets.DatasetDict({"train": whole, "test": datasets.Dataset.from_dict({"text": ["held out"]})})
+    splits.save_to_disk(tmp_path / "several")
+    assert texts(tmp_path / "several") == rows
+    assert texts(tmp_path / "several", split="test") == ["held out"]
+    with pytest.raises(UserError, match=r"several has no split dev; there are train, test"):
+        texts(tmp_path / "several", split="dev")
+
+
+def test_a_dictionary_column_is_text(tmp_path: Path) -> None:
+    column = pa.array(["a", "b", None, "a"]).dictionary_encode()
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    assert texts(tmp_path) == ["a", "b", "", "a"]
+
+
+def test_templates() -> None:
+    template = Template.parse("{{{a.b}}} {c}{d}!")
+    assert template.literals == ("{", "} ", "", "!")
+    assert template.fields == ("a.b", "c", "d")
+    values = ["x", 3, None]
+    assert Extraction(template).document(values, "here").text == "{x} 3!"
+    assert Extraction(template).document(["x", True, 1.5], "here").text == "{x} true1.5!"
+    with pytest.raises(UserError, match="here: field c is not text but list"):
+        Extraction(template).document(["x", [1], None], "here")
+
+
+@pytest.mark.parametrize("template", ["no field", "{}", "{a!r}", "{a:>5}", "{a[0]}", "{a", "a}"])
+def test_templates_that_are_none(template: str) -> None:
+    with pytest.raises(ValueError, match=r"field|brace|'}'|'{'"):
+        Template.parse(template)
+
+
+def test_a_field_with_a_dot_in_its_name(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"a.b": "dotted", "a": {"b": "inner"}}\n{"a": {"b": "inner"}}\n{"a": null}')
+    assert texts(tmp_path, text_field="a.b") == ["dotted", "inner", ""]
+    with pytest.raises(UserError, match=r"line 1: no field a\.c; there are a\.b, a\."):
+        texts(tmp_path, text_field="a.c")
+
+
+def test_a_file_that_changes_is_an_error(tmp_path: Path) -> None:
+    path, other = tmp_path / "a.jsonl", tmp_path / "b.txt"
+    path.write_text('{"text": "a"}\n' * 1000)
+    source = open_source(str(path), fields=["text"])
+    recorded = json.loads(json.dumps(source.take_stock(None)))
+    assert open_source(str(path), fields=["text"]).take_stock(recorded) == recorded
+    reading = source.read(None, 100)
+    next(reading)
+    with path.open("a") as file:
+        file.write('{"text": "b"}\n')
+    with pytest.raises(UserError, match=r"a\.jsonl was changed while it was read"):
+        list(reading)
+    with pytest.raises(UserError, match=r"a\.jsonl was changed \(14000 bytes then, 14014 now\)"):
+        open_source(str(path), fields=["text"]).take_stock(recorded)
+    recorded = open_source(str(tmp_path), fields=["text"]).take_stock(None)
+    other.write_text("new")
+    with pytest.raises(UserError, match=r"b\.txt was not there"):
+        open_source(str(tmp_path), fields=["text"]).take_stock(recorded)
+    path.unlink()
+    with pytest.raises(UserError, match=r"a\.jsonl is not read any more"):
+        open_source(str(tmp_path), fields=["text"]).take_stock(recorded)

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from mmrec_train.data.ingest import prepare
 from mmrec_train.data.tokenizer import (
     END_OF_TEXT,
     Encoder,
@@ -19,7 +18,7 @@ from mmrec_train.data.tokenizer import (
     vocab_size,
 )
 from mmrec_train.errors import UserError
-from tests.data.documents import Texts
+from tests.data.texts import prepare_texts
 
 SAMPLE = ["the quick brown fox jumps over the lazy dog " * 20, "def f(x):\n    return x + 1\n" * 20]
 
@@ -97,7 +96,7 @@ def test_bos_falls_back_to_eos_and_gaps_in_the_ids_count(tmp_path: Path) -> None
 @pytest.fixture
 def data_set(tmp_path: Path) -> Path:
     texts = [f"{text} {number}" for number in range(10) for text in SAMPLE]
-    prepare(Texts(texts), tmp_path / "data", tokenizer=300, validation_fraction=0.3)
+    prepare_texts(tmp_path / "data", texts, validation_fraction=0.3)
     return tmp_path / "data"
 
 

@@ -1,0 +1,123 @@
+"""Prepares data sets in children that are killed. A program of its own, so that it can fork: it has no threads.
+
+    python -m tests.data.killing random FOLDER SEED KILLS SECONDS
+    python -m tests.data.killing steps FOLDER
+
+random: at random moments of the first SECONDS, until the data set is whole, and another one until KILLS are done.
+steps: before each step that brings something to the disk, and then once more undisturbed.
+FOLDER holds request.json: {"recipe": ..., "tokenizer": ..., "settings": ...}. Whole data sets are FOLDER/whole_N; the
+number of kills that hit a child at work is printed.
+"""
+
+import importlib
+import itertools
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mmrec_train.data import ingest, shards
+from mmrec_train.data.ingest import Settings, prepare
+from mmrec_train.data.journal import Journal
+from mmrec_train.data.partial import Partial
+from mmrec_train.data.recipe import Recipe
+from mmrec_train.data.shards import SplitWriter
+
+STEPS: list[tuple[Any, str]] = [
+    (Journal, "commit"),
+    (Journal, "set_fact"),
+    (Journal, "set_stock"),
+    (Partial, "discard"),
+    (SplitWriter, "sync"),
+    (SplitWriter, "finish"),
+    (ingest, "write_manifest"),
+    (shards, "file_checksum"),
+    (os, "rename"),
+    (os, "unlink"),
+]
+
+
+def start(folder: Path, out: Path, before: Callable[[], None] = lambda: None) -> int:
+    """A child that prepares the request into `out`; returns its process id."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        before()
+        request = json.loads((folder / "request.json").read_text())
+        prepare(
+            Recipe.model_validate(request["recipe"]),
+            out,
+            tokenizer=request["tokenizer"],
+            settings=Settings(**request["settings"]),
+        )
+    except BaseException as error:
+        print(repr(error), file=sys.stderr, flush=True)
+        os._exit(1)
+    os._exit(0)
+
+
+def was_killed(child: int) -> bool:
+    """Wait for a child; False where it came to its end."""
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code in (0, -signal.SIGKILL), f"the child failed with {code}"
+    return code != 0
+
+
+def at_random(folder: Path, seed: int, least: int, seconds: float) -> int:
+    moments = random.Random(seed)
+    kills = number = 0
+    while kills < least:
+        begun = time.monotonic()
+        longest = seconds
+        while True:
+            child = start(folder, folder / f"whole_{number}")
+            time.sleep(moments.uniform(0, longest))
+            os.kill(child, signal.SIGKILL)
+            if not was_killed(child):
+                break
+            kills += 1
+            longest *= 1.05  # so that it comes to an end on a slow machine, too
+        print(f"whole_{number}: {kills} kills, {time.monotonic() - begun:.1f} s", file=sys.stderr)
+        number += 1
+    return kills
+
+
+def at_steps(folder: Path) -> int:
+    kills = 0
+    while was_killed(start(folder, out := folder / f"whole_{kills}", partial(_die_before_step, kills))):
+        kills += 1
+        if not out.exists() or Partial(out).journal.exists():  # else all was done but to remove an empty folder
+            assert not was_killed(start(folder, out))
+    return kills
+
+
+def _die_before_step(number: int) -> None:
+    steps = itertools.count()
+
+    def counted(step: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any, **options: Any) -> Any:
+            if next(steps) == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return step(*arguments, **options)
+
+        return run
+
+    for owner, name in STEPS:
+        setattr(owner, name, counted(getattr(owner, name)))
+
+
+if __name__ == "__main__":
+    importlib.import_module("mmrec_train.data.hub")  # else every child would, for seconds
+    how, folder, *rest = sys.argv[1:]
+    print(
+        at_steps(Path(folder))
+        if how == "steps"
+        else at_random(Path(folder), int(rest[0]), int(rest[1]), float(rest[2]))
+    )

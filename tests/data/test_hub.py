@@ -1,0 +1,131 @@
+"""Data sets of a hub on this machine. In processes of their own: the libraries read the hub's address on import."""
+
+import gzip
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mmrec_train.data.manifest import read_manifest
+from mmrec_train.data.tokenizer import train_tokenizer
+from mmrec_train.errors import EXIT_OK, EXIT_USER_ERROR
+from tests.data.fake_hub import REVISION, fake_hub
+from tests.data.texts import TEXTS, contents, recipe_of, stored_texts
+
+ROOT = Path(__file__).parents[2]
+IMPATIENT = """
+from datasets import config
+from mmrec_train.data import hub
+config.STREAMING_READ_RETRY_INTERVAL = config.STREAMING_OPEN_RETRY_INTERVAL = hub._FIRST_WAIT = 0.1
+"""
+ROWS = [f"row {number} of the data set " * (number % 9 + 1) for number in range(700)]
+
+
+def parquet(texts: list[str], first: int = 0, group: int = 1000) -> bytes:
+    buffer = io.BytesIO()
+    table = pa.table({"id": list(range(first, first + len(texts))), "body": texts})
+    pq.write_table(table, buffer, row_group_size=group)
+    return buffer.getvalue()
+
+
+FILES = {
+    "data/train-00000-of-00002.parquet": parquet(ROWS[:300], group=70),
+    "data/train-00001-of-00002.parquet": parquet(ROWS[300:], 300, group=1000),
+    "data/test-00000-of-00001.parquet": parquet(["another split"]),
+}
+
+
+def run(arguments: list[str], endpoint: str, home: Path) -> "subprocess.CompletedProcess[str]":
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": endpoint,
+        "HF_HOME": str(home),
+        "HF_HUB_DOWNLOAD_TIMEOUT": "1",
+        "HF_HUB_ETAG_TIMEOUT": "1",
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+    }
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False)
+
+
+def prepare(commands: list[list[str]], endpoint: str, home: Path) -> "subprocess.CompletedProcess[str]":
+    """Runs launch/prepare_data.py with each of the arguments in turn; the last line printed has the exit codes."""
+    program = f"{IMPATIENT}from launch.prepare_data import main\nprint(*[main(command) for command in {commands}])"
+    return run(["-c", program], endpoint, home)
+
+
+def usual(out: Path, *more: str) -> list[str]:
+    command = ["--source", "acme/texts", "--text-field", "body", "--train-tokenizer", "300", "--processes", "1"]
+    return [*command, "--validation-fraction", "0", "--out", str(out), *more]
+
+
+def test_a_data_set_in_parquet(tmp_path: Path) -> None:
+    commands = [usual(tmp_path / "out"), usual(tmp_path / "bad", "--split", "nope")]
+    with fake_hub("acme/texts", FILES) as endpoint:
+        done = prepare(commands, endpoint, tmp_path / "home")
+    assert done.stdout.splitlines()[-1] == f"{EXIT_OK} {EXIT_USER_ERROR}", done.stderr
+    assert stored_texts(tmp_path / "out") == ROWS
+    assert read_manifest(tmp_path / "out").sources["main"].provenance == {
+        "kind": "hub",
+        "dataset": "acme/texts",
+        "name": None,
+        "split": "train",
+        "revision": REVISION,
+        "text_field": "body",
+    }
+    assert "Bad split: nope. Available splits: ['train', 'test']" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["home", "out"]
+
+
+def test_a_data_set_in_compressed_lines_with_a_template(tmp_path: Path) -> None:
+    lines = "".join(json.dumps({"body": text, "meta": {"n": n}, "other": [n]}) + "\n" for n, text in enumerate(ROWS))
+    command = usual(tmp_path / "out")
+    command[2:4] = ["--template", "{meta.n}: {body}"]
+    with fake_hub("acme/texts", {"train.jsonl.gz": gzip.compress(lines.encode())}) as endpoint:
+        done = prepare([command], endpoint, tmp_path / "home")
+    assert done.stdout.splitlines()[-1] == f"{EXIT_OK}", done.stderr
+    assert stored_texts(tmp_path / "out") == [f"{number}: {text}" for number, text in enumerate(ROWS)]
+
+
+def test_a_hub_that_times_out_and_fails_and_then_answers(tmp_path: Path) -> None:
+    """The question which commit is the latest, and each file: first no answer, then an error."""
+    troubled = ["/api/datasets/acme/texts", *(f"/datasets/acme/texts/resolve/{REVISION}/{file}" for file in FILES)]
+    asked = dict.fromkeys(troubled, 0)
+
+    def trouble(path: str) -> int | float | None:
+        if path not in asked:
+            return None
+        asked[path] += 1
+        return {1: 1.3, 2: 503}.get(asked[path])
+
+    with fake_hub("acme/texts", FILES, trouble) as endpoint:
+        done = prepare([usual(tmp_path / "out")], endpoint, tmp_path / "home")
+    assert done.stdout.splitlines()[-1] == f"{EXIT_OK}", done.stderr
+    assert stored_texts(tmp_path / "out") == ROWS
+    assert all(count >= 3 for path, count in asked.items() if "test-" not in path)
+
+
+def test_killed_in_the_middle_of_the_stream(tmp_path: Path) -> None:
+    train_tokenizer(TEXTS, 300).save_pretrained(tmp_path / "tokenizer")
+    settings = {"processes": 1, "shard_bytes": 3000, "batch_bytes": 1000, "commit_seconds": 0}
+    source = {"source": "acme/texts", "text_field": "body"}
+    value: dict[str, Any] = {"recipe": recipe_of({"main": source}).model_dump(mode="json"), "settings": settings}
+    (tmp_path / "request.json").write_text(json.dumps({**value, "tokenizer": str(tmp_path / "tokenizer")}))
+    command = ["-m", "tests.data.killing", "random", str(tmp_path), "3", "5", "1.2"]
+    with fake_hub("acme/texts", FILES) as endpoint:
+        done = run(command, endpoint, tmp_path / "home")
+    assert done.returncode == 0, done.stderr
+    print(done.stderr)
+    assert int(done.stdout) >= 5
+    whole = sorted(tmp_path.glob("whole_*"))
+    for folder in whole:
+        assert stored_texts(folder) == ROWS
+        assert contents(folder) == contents(whole[0])
