@@ -62,9 +62,9 @@ class Clock:
 
 
 def standard_texts() -> list[str]:
-    from mmrec_train.data.ingest import BATCH_BYTES
-    from mmrec_train.data.sources import standard_library
-    from mmrec_train.encoding.records import Extraction, Template
+    from mmrec_train.preparation.ingest import BATCH_BYTES
+    from mmrec_train.preparation.records import Extraction, Template
+    from mmrec_train.preparation.sources import standard_library
 
     source = standard_library()
     source.take_stock(None)
@@ -85,8 +85,8 @@ def write_corpus(folder: Path, texts: Sequence[str], megabytes: float) -> Corpus
 
 def rate_alone(tokenizer: Path, texts: Sequence[str]) -> tuple[Rate, int]:
     """The rate of `encode_batch` on one core, and the number of tokens."""
-    from mmrec_train.data.ingest import BATCH_BYTES
     from mmrec_train.data.tokenizer import pretrained_tokenizer
+    from mmrec_train.preparation.ingest import BATCH_BYTES
 
     backend = pretrained_tokenizer(str(tokenizer)).backend_tokenizer
     batches: list[list[str]] = [[]]
@@ -106,8 +106,8 @@ def rate_alone(tokenizer: Path, texts: Sequence[str]) -> tuple[Rate, int]:
 
 
 def rate_of_ingest(corpus: Corpus, tokenizer: Path, out: Path, processes: int, tokens: int) -> Rate:
-    from mmrec_train.data.ingest import Settings, prepare
-    from mmrec_train.data.recipe import recipe_of_one
+    from mmrec_train.preparation.ingest import Settings, prepare
+    from mmrec_train.preparation.recipe import recipe_of_one
 
     recipe = recipe_of_one(str(corpus.path), {"validation_fraction": 0.0})
     clock = Clock()
@@ -121,8 +121,8 @@ def rate_of_ingest(corpus: Corpus, tokenizer: Path, out: Path, processes: int, t
 def main(arguments: Sequence[str] | None = None) -> None:
     import tokenizers
 
-    from mmrec_train.data.ingest import usable_cores
     from mmrec_train.data.tokenizer import train_tokenizer
+    from mmrec_train.preparation.ingest import usable_cores
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=float, default=100)

@@ -25,7 +25,7 @@ from mmrec_train.data.dataset import TokenDataset, open_dataset
 from mmrec_train.data.lanes import LaneLoader, StreamSettings
 from mmrec_train.data.manifest import Manifest, SourceInfo, write_manifest
 from mmrec_train.data.order import Order
-from mmrec_train.data.shards import SplitWriter
+from mmrec_train.preparation.shards import SplitWriter
 
 CHUNK_LEN = 8192
 TOKENS = 50_000_000

@@ -16,9 +16,9 @@ from mmrec_train.errors import EXIT_FAILURE, EXIT_OK, EXIT_USER_ERROR, UserError
 
 # Every worker process imports this file anew: what it does not need is imported where it is used.
 if TYPE_CHECKING:
-    from mmrec_train.data.ingest import Progress
     from mmrec_train.data.manifest import Manifest
-    from mmrec_train.data.recipe import Recipe
+    from mmrec_train.preparation.ingest import Progress
+    from mmrec_train.preparation.recipe import Recipe
 
 _EXAMPLES = """examples:
   python launch/prepare_data.py --source stdlib --train-tokenizer 4096 --out data/stdlib
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run with command-line `arguments` (default: the process's own); returns the exit code."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    from mmrec_train.data.ingest import Settings, prepare, usable_cores
+    from mmrec_train.preparation.ingest import Settings, prepare, usable_cores
 
     try:
         recipe = _recipe(parser, options)
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _recipe(parser: argparse.ArgumentParser, options: argparse.Namespace) -> "Recipe":
     """That of --recipe, or of the options that describe one source."""
-    from mmrec_train.data.recipe import load_recipe, recipe_of_one
+    from mmrec_train.preparation.recipe import load_recipe, recipe_of_one
 
     given = {key: value for key in _OPTIONS if (value := getattr(options, key)) is not None}
     if options.recipe is None:

@@ -11,8 +11,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from mmrec_train.data.cache_folder import CacheSettings
 from mmrec_train.data.checksums import json_checksum
 from mmrec_train.data.storage import data_folder
-from mmrec_train.encoding.workers import only_text
 from mmrec_train.errors import UserError
+from mmrec_train.plain_text import only_text
 
 END_OF_TEXT = "<|endoftext|>"
 MIN_VOCAB_SIZE = 257  # the 256 bytes and END_OF_TEXT: with these any text can be written

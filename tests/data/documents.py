@@ -1,15 +1,13 @@
-"""Data sets for tests, written from token ids, and text in memory to prepare others from."""
+"""Data sets for tests, written from token ids."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from mmrec_train.data.dataset import TokenDataset, open_dataset
 from mmrec_train.data.manifest import Dtype, Manifest, SourceInfo, Split, write_manifest
-from mmrec_train.data.shards import SplitWriter
-from mmrec_train.data.sources import Document
+from mmrec_train.preparation.shards import SplitWriter
 
 EOS = 0
 
@@ -58,16 +56,3 @@ def numbered_documents(lengths: Sequence[int]) -> list[list[int]]:
     """Documents of these lengths in which no token id occurs twice."""
     starts = np.cumsum([1, *lengths])
     return [list(range(start, start + length)) for start, length in zip(starts, lengths, strict=False)]
-
-
-class Texts:
-    """A source in memory; every document claims `replaced` replacements."""
-
-    def __init__(self, texts: Sequence[str], replaced: int = 0) -> None:
-        self.provenance: dict[str, Any] = {"kind": "test"}
-        self.text_bytes: int | None = None
-        self._texts = texts
-        self._replaced = replaced
-
-    def __iter__(self) -> Iterator[Document]:
-        return (Document(text, self._replaced) for text in self._texts)

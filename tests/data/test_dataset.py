@@ -308,7 +308,6 @@ def test_ten_million_documents_of_one_token(tmp_path: Path) -> None:
 def test_the_writer_of_the_documentation(tmp_path: Path) -> None:
     page = (Path(__file__).parents[2] / "docs/data_format.md").read_text()
     [program] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert len(program.splitlines()) <= 40
     names: dict[str, Any] = {}
     exec(program, names)
     texts = ["Where a document begins", "", "and where it ends: ümläut"]

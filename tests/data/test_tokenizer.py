@@ -18,7 +18,7 @@ from mmrec_train.data.tokenizer import (
     vocab_size,
 )
 from mmrec_train.errors import UserError
-from tests.data.texts import prepare_texts
+from tests.preparation.texts import prepare_texts
 
 SAMPLE = ["the quick brown fox jumps over the lazy dog " * 20, "def f(x):\n    return x + 1\n" * 20]
 

@@ -8,8 +8,8 @@ from transformers import PreTrainedTokenizerBase
 
 from mmrec_train.data import Encoder, special_ids
 from mmrec_train.data.manifest import TOKENIZER_NAME, Manifest, SourceInfo, Split, SplitInfo, write_manifest
-from mmrec_train.data.shards import SplitWriter
 from mmrec_train.data.tokenizer import fingerprint, pretrained_tokenizer, train_tokenizer, vocab_size
+from mmrec_train.preparation.shards import SplitWriter
 
 Texts = Mapping[str, Mapping[str, Sequence[str]]]  # documents by split and source
 

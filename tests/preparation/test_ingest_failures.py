@@ -13,16 +13,16 @@ import numpy as np
 import psutil
 import pytest
 
-from mmrec_train.data.ingest import Progress, Settings, prepare
-from mmrec_train.data.partial import Partial
-from mmrec_train.data.recipe import Recipe
-from mmrec_train.data.shards import SplitWriter
 from mmrec_train.data.tokenizer import special_ids, train_tokenizer
-from mmrec_train.encoding.filters import Filters
-from mmrec_train.encoding.records import Extraction, JsonLines, Template
-from mmrec_train.encoding.workers import Encoded, Treatment, Vocabulary, Workers
 from mmrec_train.errors import UserError
-from tests.data.texts import TEXTS, contents, recipe_of, write_lines
+from mmrec_train.preparation.filters import Filters
+from mmrec_train.preparation.ingest import Progress, Settings, prepare
+from mmrec_train.preparation.partial import Partial
+from mmrec_train.preparation.recipe import Recipe
+from mmrec_train.preparation.records import Extraction, JsonLines, Template
+from mmrec_train.preparation.shards import SplitWriter
+from mmrec_train.preparation.workers import Encoded, Treatment, Vocabulary, Workers
+from tests.preparation.texts import TEXTS, contents, recipe_of, write_lines
 
 SETTINGS = Settings(1, shard_bytes=20_000, batch_bytes=1000, commit_seconds=0)
 KEPT = r"What was prepared so far is kept in .*\.out\.partial: run the same command to go on\."

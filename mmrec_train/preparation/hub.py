@@ -10,9 +10,9 @@ import pyarrow as pa
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
-from mmrec_train.data.sources import Piece, Position, SourceUnavailable, Stock
-from mmrec_train.data.tables import needed_columns, slices
-from mmrec_train.encoding.records import Rows
+from mmrec_train.preparation.records import Rows
+from mmrec_train.preparation.sources import Piece, Position, SourceUnavailable, Stock
+from mmrec_train.preparation.tables import needed_columns, slices
 
 _ROWS = 1000  # read at once
 _RETRIES = 4

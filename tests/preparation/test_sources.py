@@ -12,9 +12,9 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmrec_train.data.sources import Piece, Position, open_source, standard_library
-from mmrec_train.encoding.records import Document, Extraction, Template, decode_utf8
 from mmrec_train.errors import UserError
+from mmrec_train.preparation.records import Document, Extraction, Template, decode_utf8
+from mmrec_train.preparation.sources import Piece, Position, open_source, standard_library
 
 TEXTS = ["first\nline", "zweite Zeile: äöü", "", "third 𝛾", "fourth " * 500]
 # One stray byte; an overlong form, which counts a byte at a time; a U+FFFD that was in the text all along.

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mmrec_train.data.shards import sync_folder
 from mmrec_train.errors import UserError
+from mmrec_train.preparation.shards import sync_folder
 
 
 class Refusal(UserError):

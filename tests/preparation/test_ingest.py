@@ -13,14 +13,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmrec_train.data import ingest
 from mmrec_train.data.dataset import open_dataset
-from mmrec_train.data.ingest import Progress, Settings, prepare
 from mmrec_train.data.manifest import read_manifest
-from mmrec_train.data.shards import SplitWriter
 from mmrec_train.data.tokenizer import train_tokenizer
 from mmrec_train.errors import UserError
-from tests.data.texts import TEXTS, contents, prepare_texts, recipe_of, stored_texts, write_lines
+from mmrec_train.preparation import ingest
+from mmrec_train.preparation.ingest import Progress, Settings, prepare
+from mmrec_train.preparation.shards import SplitWriter
+from tests.preparation.texts import TEXTS, contents, prepare_texts, recipe_of, stored_texts, write_lines
 
 ALONE = Settings(1, batch_bytes=2000, commit_seconds=0)
 

@@ -2,8 +2,15 @@ from pathlib import Path
 
 import pytest
 
-from mmrec_train.data.recipe import FilterChoice, LanguageFilter, Recipe, SourceChoice, load_recipe, recipe_of_one
 from mmrec_train.errors import UserError
+from mmrec_train.preparation.recipe import (
+    FilterChoice,
+    LanguageFilter,
+    Recipe,
+    SourceChoice,
+    load_recipe,
+    recipe_of_one,
+)
 
 ROOT = Path(__file__).parents[2]
 

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from mmrec_train.data.dataset import open_dataset
-from mmrec_train.data.ingest import Settings, prepare
 from mmrec_train.data.manifest import Manifest, Split
-from mmrec_train.data.recipe import Recipe
 from mmrec_train.data.tokenizer import load_tokenizer
+from mmrec_train.preparation.ingest import Settings, prepare
+from mmrec_train.preparation.recipe import Recipe
 
 TEXTS = [f"document {number}: " + "some words and more words " * (number % 7 + 1) for number in range(200)]
 

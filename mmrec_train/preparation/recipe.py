@@ -10,11 +10,11 @@ from pydantic_core import ErrorDetails
 from mmrec_train.config.marked_yaml import KeyPath, Mark, Marked, Problem, parse_yaml, raise_problems
 from mmrec_train.config.suggest import did_you_mean
 from mmrec_train.data.manifest import SourceName
-from mmrec_train.data.sources import Source, open_source
-from mmrec_train.encoding.filters import Filters
-from mmrec_train.encoding.records import Extraction, Template
-from mmrec_train.encoding.workers import Treatment
 from mmrec_train.errors import UserError
+from mmrec_train.preparation.filters import Filters
+from mmrec_train.preparation.records import Extraction, Template
+from mmrec_train.preparation.sources import Source, open_source
+from mmrec_train.preparation.workers import Treatment
 
 
 def _check_template(template: str) -> str:

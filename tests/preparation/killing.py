@@ -1,7 +1,7 @@
 """Prepares data sets in children that are killed. A program of its own, so that it can fork: it has no threads.
 
-    python -m tests.data.killing random FOLDER SEED KILLS SECONDS
-    python -m tests.data.killing steps FOLDER
+    python -m tests.preparation.killing random FOLDER SEED KILLS SECONDS
+    python -m tests.preparation.killing steps FOLDER
 
 random: at random moments of the first SECONDS, until the data set is whole, and another one until KILLS are done.
 steps: before each step that brings something to the disk, and then once more undisturbed.
@@ -22,12 +22,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mmrec_train.data import ingest, shards
-from mmrec_train.data.ingest import Settings, prepare
-from mmrec_train.data.journal import Journal
-from mmrec_train.data.partial import Partial
-from mmrec_train.data.recipe import Recipe
-from mmrec_train.data.shards import SplitWriter
+from mmrec_train.preparation import ingest, shards
+from mmrec_train.preparation.ingest import Settings, prepare
+from mmrec_train.preparation.journal import Journal
+from mmrec_train.preparation.partial import Partial
+from mmrec_train.preparation.recipe import Recipe
+from mmrec_train.preparation.shards import SplitWriter
 
 STEPS: list[tuple[Any, str]] = [
     (Journal, "commit"),
@@ -114,7 +114,7 @@ def _die_before_step(number: int) -> None:
 
 
 if __name__ == "__main__":
-    importlib.import_module("mmrec_train.data.hub")  # else every child would, for seconds
+    importlib.import_module("mmrec_train.preparation.hub")  # else every child would, for seconds
     how, folder, *rest = sys.argv[1:]
     print(
         at_steps(Path(folder))

@@ -15,9 +15,10 @@ import numpy as np
 import xxhash
 from tokenizers import Tokenizer
 
-from mmrec_train.encoding.filters import OUTCOMES, Filters, is_held_out
-from mmrec_train.encoding.records import Batch, Extraction
 from mmrec_train.errors import UserError
+from mmrec_train.plain_text import only_text
+from mmrec_train.preparation.filters import OUTCOMES, Filters, is_held_out
+from mmrec_train.preparation.records import Batch, Extraction
 
 Label = TypeVar("Label")
 
@@ -55,14 +56,6 @@ class Encoded(NamedTuple):
 
     documents: np.ndarray
     tokens: np.ndarray
-
-
-def only_text(backend: Tokenizer) -> Tokenizer:
-    """Set a tokenizer to encode whole texts as nothing but text: one that spells a special token must not end there."""
-    backend.no_truncation()
-    backend.no_padding()
-    backend.encode_special_tokens = True
-    return backend
 
 
 class BatchEncoder:

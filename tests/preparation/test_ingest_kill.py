@@ -15,10 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mmrec_train.data.ingest import Settings, prepare
-from mmrec_train.data.recipe import Recipe
 from mmrec_train.data.tokenizer import train_tokenizer
-from tests.data.texts import TEXTS, contents, recipe_of, write_lines
+from mmrec_train.preparation.ingest import Settings, prepare
+from mmrec_train.preparation.recipe import Recipe
+from tests.preparation.texts import TEXTS, contents, recipe_of, write_lines
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,7 +33,7 @@ def request(folder: Path, recipe: Recipe, tokenizer: str | int, settings: dict[s
 
 
 def killing(folder: Path, how: str, *arguments: object) -> int:
-    command = [sys.executable, "-m", "tests.data.killing", how, str(folder), *map(str, arguments)]
+    command = [sys.executable, "-m", "tests.preparation.killing", how, str(folder), *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=250, check=False)
     assert done.returncode == 0, done.stderr
@@ -91,7 +91,7 @@ def test_workers_end_with_a_killed_parent_and_the_next_one_goes_on(tmp_path: Pat
     settings = {"processes": 2, "shard_bytes": 3000, "batch_bytes": 600, "commit_seconds": 0}
     undisturbed = request(tmp_path, recipe, str(tmp_path / "tokenizer"), settings)
     program = (
-        "import sys; from pathlib import Path; from tests.data.killing import start, was_killed\n"
+        "import sys; from pathlib import Path; from tests.preparation.killing import start, was_killed\n"
         "if __name__ == '__main__': sys.exit(was_killed(start(Path(sys.argv[1]), Path(sys.argv[1], 'out'))))"
     )
     parent = psutil.Popen([sys.executable, "-c", program, str(tmp_path)], cwd=ROOT)

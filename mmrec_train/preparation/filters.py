@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from mmrec_train.encoding.records import Document
+from mmrec_train.preparation.records import Document
 
 EMPTY, TOO_SHORT, TOO_LONG, LANGUAGE, DUPLICATE = "empty", "too_short", "too_long", "language", "duplicate"
 # What becomes of a document, as the number in `workers.DOCUMENT`: a split, or a reason to leave it out.

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from mmrec_train.data.manifest import ShardInfo, Split
-from mmrec_train.data.shards import OpenShard, SplitWriter
-from mmrec_train.data.sources import Position, Stock
 from mmrec_train.errors import UserError
+from mmrec_train.preparation.shards import OpenShard, SplitWriter
+from mmrec_train.preparation.sources import Position, Stock
 
 _CACHE_KIBIBYTES = 256 << 10  # of the table of hashes; what is beyond it is read from the disk
 _SCHEMA = """

@@ -9,8 +9,8 @@ from launch.prepare_data import main
 from mmrec_train.data import LaneLoader, load_tokenizer, open_dataset
 from mmrec_train.data.lanes import StreamSettings
 from mmrec_train.errors import EXIT_FAILURE, EXIT_OK, EXIT_USER_ERROR
-from tests.data.fake_hub import fake_hub
-from tests.data.texts import TEXTS, stored_texts, write_lines
+from tests.preparation.fake_hub import fake_hub
+from tests.preparation.texts import TEXTS, stored_texts, write_lines
 
 STDLIB = Path(sysconfig.get_path("stdlib"))
 
@@ -67,7 +67,7 @@ def test_an_interrupt_is_one_message(
     def interrupted(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mmrec_train.data.ingest.prepare", interrupted)
+    monkeypatch.setattr("mmrec_train.preparation.ingest.prepare", interrupted)
     assert main(["--source", "stdlib", "--train-tokenizer", "300", "--out", str(tmp_path)]) == EXIT_FAILURE
     assert capsys.readouterr().err == "interrupted; run the same command to go on\n"
 
@@ -76,7 +76,7 @@ def test_an_interrupt_is_one_message(
 def test_hub_without_the_data_set_and_without_answer(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, running: bool
 ) -> None:
-    monkeypatch.setattr("mmrec_train.data.hub._FIRST_WAIT", 0.01)
+    monkeypatch.setattr("mmrec_train.preparation.hub._FIRST_WAIT", 0.01)
     with fake_hub("acme/texts", {}) as endpoint:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
         command = ["--source", "acme/other", "--train-tokenizer", "300", "--out", str(tmp_path / "out")]

@@ -13,10 +13,9 @@ from typing import Any, NamedTuple, Protocol
 
 import pyarrow as pa
 
-from mmrec_train.data.tables import ARROW_SUFFIX, PARQUET_SUFFIX, read_arrow, read_parquet
-from mmrec_train.encoding.records import Batch, JsonLines, TextFiles
-from mmrec_train.encoding.records import Document as Document
 from mmrec_train.errors import UserError
+from mmrec_train.preparation.records import Batch, JsonLines, TextFiles
+from mmrec_train.preparation.tables import ARROW_SUFFIX, PARQUET_SUFFIX, read_arrow, read_parquet
 
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst")
 JSON_LINES_SUFFIXES = (".jsonl", ".ndjson", ".json")
@@ -104,7 +103,7 @@ def open_source(
         return FileSource([path], fields, {"kind": "files", "path": source, "files": 1})
     if source.startswith(".") or not _HUB_NAME.fullmatch(source) or _kind(path) != "unknown":
         raise UserError(f"--source {source}: no such file or folder")
-    from mmrec_train.data.hub import HubSource  # its library takes a second to import
+    from mmrec_train.preparation.hub import HubSource  # its library takes a second to import
 
     return HubSource(source, name, split or "train", fields)
 

@@ -14,16 +14,16 @@ import numpy as np
 import xxhash
 from transformers import PreTrainedTokenizerBase
 
-from mmrec_train.data.journal import Journal, SourceState, open_journal
 from mmrec_train.data.manifest import TOKENIZER_NAME, Dtype, Manifest, SourceInfo, Split, read_manifest, write_manifest
-from mmrec_train.data.partial import Partial, Refusal, holds_something, occupied
-from mmrec_train.data.recipe import Recipe
-from mmrec_train.data.shards import SHARD_BYTES, SplitWriter, split_info, sync_folder
-from mmrec_train.data.sources import Position, Source, SourceUnavailable
 from mmrec_train.data.tokenizer import fingerprint, pretrained_tokenizer, special_ids, train_tokenizer, vocab_size
-from mmrec_train.encoding.filters import DUPLICATE, OUTCOMES, is_held_out
-from mmrec_train.encoding.workers import Encoded, Vocabulary, WorkerDied, Workers, is_kept
 from mmrec_train.errors import UserError
+from mmrec_train.preparation.filters import DUPLICATE, OUTCOMES, is_held_out
+from mmrec_train.preparation.journal import Journal, SourceState, open_journal
+from mmrec_train.preparation.partial import Partial, Refusal, holds_something, occupied
+from mmrec_train.preparation.recipe import Recipe
+from mmrec_train.preparation.shards import SHARD_BYTES, SplitWriter, split_info, sync_folder
+from mmrec_train.preparation.sources import Position, Source, SourceUnavailable
+from mmrec_train.preparation.workers import Encoded, Vocabulary, WorkerDied, Workers, is_kept
 
 TOKENIZER_SAMPLE_BYTES = 64 << 20  # enough for a vocabulary of 32000, trained in under a minute
 BATCH_BYTES = 1 << 20  # of records, encoded at once by a process

@@ -15,13 +15,13 @@ import pyarrow.parquet as pq
 from mmrec_train.data.manifest import read_manifest
 from mmrec_train.data.tokenizer import train_tokenizer
 from mmrec_train.errors import EXIT_OK, EXIT_USER_ERROR
-from tests.data.fake_hub import REVISION, fake_hub
-from tests.data.texts import TEXTS, contents, recipe_of, stored_texts
+from tests.preparation.fake_hub import REVISION, fake_hub
+from tests.preparation.texts import TEXTS, contents, recipe_of, stored_texts
 
 ROOT = Path(__file__).parents[2]
 IMPATIENT = """
 from datasets import config
-from mmrec_train.data import hub
+from mmrec_train.preparation import hub
 config.STREAMING_READ_RETRY_INTERVAL = config.STREAMING_OPEN_RETRY_INTERVAL = hub._FIRST_WAIT = 0.1
 """
 ROWS = [f"row {number} of the data set " * (number % 9 + 1) for number in range(700)]
@@ -119,7 +119,7 @@ def test_killed_in_the_middle_of_the_stream(tmp_path: Path) -> None:
     source = {"source": "acme/texts", "text_field": "body"}
     value: dict[str, Any] = {"recipe": recipe_of({"main": source}).model_dump(mode="json"), "settings": settings}
     (tmp_path / "request.json").write_text(json.dumps({**value, "tokenizer": str(tmp_path / "tokenizer")}))
-    command = ["-m", "tests.data.killing", "random", str(tmp_path), "3", "5", "1.2"]
+    command = ["-m", "tests.preparation.killing", "random", str(tmp_path), "3", "5", "1.2"]
     with fake_hub("acme/texts", FILES) as endpoint:
         done = run(command, endpoint, tmp_path / "home")
     assert done.returncode == 0, done.stderr

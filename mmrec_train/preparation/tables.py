@@ -6,7 +6,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmrec_train.encoding.records import Rows, no_field, top_level
+from mmrec_train.preparation.records import Rows, no_field, top_level
 
 PARQUET_SUFFIX, ARROW_SUFFIX = ".parquet", ".arrow"
 
