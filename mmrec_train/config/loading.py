@@ -23,6 +23,7 @@ from mmrec_train.config.marked_yaml import (
 )
 from mmrec_train.config.schema import ModelSection, Origin, RunConfig
 from mmrec_train.config.suggest import did_you_mean, nearest
+from mmrec_train.config.yaml_file import message_of
 from mmrec_train.errors import UserError
 
 ANY_NAME = "NAME"  # in a dotted key, for a name that the user gives
@@ -145,10 +146,7 @@ def _describe(details: ErrorDetails, document: Marked) -> Problem:
         return Problem(mark, f"unknown key '{key}'; {_nearest_key(path)}")
     if details["type"] == "missing":
         return Problem(mark, f"missing key '{key}': {descriptions()[key]}")
-    if details["type"] == "model_type":
-        message = "must be a section of keys"
-    else:
-        message = details["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    message = "must be a section of keys" if details["type"] == "model_type" else message_of(details)
     return Problem(mark, f"{key}: {message}, got {_show(details['input'])}")
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import xxhash
 from transformers import PreTrainedTokenizerBase
 
+from mmrec_train.config.yaml_file import by_dotted_key
 from mmrec_train.data.manifest import TOKENIZER_NAME, Dtype, Manifest, SourceInfo, Split, read_manifest, write_manifest
 from mmrec_train.data.tokenizer import fingerprint, pretrained_tokenizer, special_ids, train_tokenizer, vocab_size
 from mmrec_train.errors import UserError
@@ -105,7 +106,7 @@ def _check_request(journal: Journal, request: dict[str, Any], partial: Partial) 
     if before is None:
         journal.set_fact("request", request)
         return
-    then, now = (_flat(json.loads(json.dumps(value))) for value in (before, request))
+    then, now = (by_dotted_key(json.loads(json.dumps(value))) for value in (before, request))
     differences = [
         f"{key.removeprefix('recipe.')} was {json.dumps(then.get(key))} and is {json.dumps(now.get(key))} now"
         for key in {**then, **now}
@@ -116,14 +117,6 @@ def _check_request(journal: Journal, request: dict[str, Any], partial: Partial) 
             f"{partial.folder} is unfinished, and was begun with other options: {'; '.join(differences)}. Give the "
             "same options to go on, or remove that folder to start anew."
         )
-
-
-def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Values by dotted key."""
-    values: dict[str, Any] = {}
-    for key, value in section.items():
-        values |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return values
 
 
 @contextmanager

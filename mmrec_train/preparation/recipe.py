@@ -7,8 +7,9 @@ from typing import Annotated, Any, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
-from mmrec_train.config.marked_yaml import KeyPath, Mark, Marked, Problem, parse_yaml, raise_problems
+from mmrec_train.config.marked_yaml import KeyPath, Marked, Problem
 from mmrec_train.config.suggest import did_you_mean
+from mmrec_train.config.yaml_file import message_of, read_yaml
 from mmrec_train.data.manifest import SourceName
 from mmrec_train.errors import UserError
 from mmrec_train.preparation.filters import Filters
@@ -107,22 +108,7 @@ class Recipe(_Section):
 
 def load_recipe(path: Path) -> Recipe:
     """Reads a YAML file. Paths in it are relative to it. UserError lists every mistake with file and line."""
-    try:
-        text = path.read_text("utf-8")
-    except FileNotFoundError as error:
-        raise UserError(f"no such file: {path}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
-    problems: list[Problem] = []
-    document = parse_yaml(text, Mark(str(path), 0, path.parent), problems)
-    if not isinstance(document.value, dict):
-        raise UserError(f"{path}: must hold keys (lines like `sources:`)")
-    try:
-        recipe = Recipe.model_validate(document.plain())
-    except ValidationError as error:
-        raise_problems(problems + [_describe(details, document) for details in error.errors()])
-        raise AssertionError("an error without a problem") from error
-    raise_problems(problems)
+    recipe, _ = read_yaml(path, Recipe, _describe, example="sources:")
     return _located(recipe, path.parent)
 
 
@@ -147,7 +133,7 @@ def recipe_of_one(source: str, options: dict[str, Any]) -> Recipe:
     except ValidationError as error:
         details = error.errors()[0]
         named = [f"--{part.replace('_', '-')} {options[part]}" for part in map(str, details["loc"]) if part in options]
-        raise UserError(f"{named[0] if named else '--source ' + source}: {_message(details)}") from None
+        raise UserError(f"{named[0] if named else '--source ' + source}: {message_of(details)}") from None
 
 
 def _located(recipe: Recipe, folder: Path) -> Recipe:
@@ -175,9 +161,5 @@ def _describe(details: ErrorDetails, document: Marked) -> Problem:
         return Problem(mark, f"missing key '{key}'")
     prefix = f"{key}: " if key else ""
     if details["type"] == "value_error":  # of several keys
-        return Problem(mark, f"{prefix}{_message(details)}")
-    return Problem(mark, f"{prefix}{_message(details)}, got {json.dumps(details['input'], default=str)}")
-
-
-def _message(details: ErrorDetails) -> str:
-    return details["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+        return Problem(mark, f"{prefix}{message_of(details)}")
+    return Problem(mark, f"{prefix}{message_of(details)}, got {json.dumps(details['input'], default=str)}")

@@ -12,13 +12,14 @@ from typing import Annotated, Any, Literal, Self
 from urllib.parse import quote
 
 import xxhash
-from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 from pydantic_core import ErrorDetails
 
 from mmrec_train.config import RunConfig, load_config
-from mmrec_train.config.marked_yaml import KeyPath, Mark, Marked, Problem, parse_yaml, raise_problems
+from mmrec_train.config.marked_yaml import KeyPath, Marked, Problem
 from mmrec_train.config.schema import Count, Index, PathText, Section
 from mmrec_train.config.suggest import did_you_mean
+from mmrec_train.config.yaml_file import by_dotted_key, message_of, read_yaml
 from mmrec_train.errors import UserError
 
 Overrides = dict[str, Any]  # dotted key of the run configuration -> value
@@ -154,22 +155,7 @@ def load_sweep(path: Path) -> Sweep:
 
 
 def _read(path: Path) -> Specification:
-    try:
-        text = path.read_text("utf-8")
-    except FileNotFoundError as error:
-        raise UserError(f"no such file: {path}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
-    problems: list[Problem] = []
-    document = parse_yaml(text, Mark(str(path), 0, path.parent), problems)
-    if not isinstance(document.value, dict):
-        raise UserError(f"{path}: must hold keys (lines like `config: ../configs/tiny.yaml`)")
-    try:
-        specification = Specification.model_validate(document.plain())
-    except ValidationError as error:
-        raise_problems(problems + [_describe(details, document) for details in error.errors()])
-        raise AssertionError("an error without a problem") from error
-    raise_problems(problems)
+    specification, document = read_yaml(path, Specification, _describe, example="config: ../configs/tiny.yaml")
     kinds = [kind for kind in ("grid", "random", "list") if kind in document.value]
     if len(kinds) != 1:
         raise UserError(f"{path}: needs one of grid, random and list, has {' and '.join(kinds) or 'none'}")
@@ -194,8 +180,7 @@ def _describe(details: ErrorDetails, document: Marked) -> Problem:
         return Problem(
             mark, f"{key}: missing key '{details['loc'][-1]}'" if key else f"missing key '{details['loc'][-1]}'"
         )
-    message = details["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-    return Problem(mark, f"{key}: {message}, got {json.dumps(details['input'], default=str)}")
+    return Problem(mark, f"{key}: {message_of(details)}, got {json.dumps(details['input'], default=str)}")
 
 
 def _labels(keys: Iterable[str]) -> dict[str, str]:
@@ -218,18 +203,10 @@ def _check_run_folder(trial: Trial) -> None:
     saved = trial.run_dir / "config.yaml"
     if not saved.exists():
         return
-    there, here = (_flat(config.model_dump(by_alias=True)) for config in (load_config(saved), trial.config))
+    there, here = (by_dotted_key(config.model_dump(by_alias=True)) for config in (load_config(saved), trial.config))
     differences = [f"{key} was {there[key]} and is {here[key]} now" for key in here if there[key] != here[key]]
     if differences:
         raise UserError(
             f"{trial.run_dir} was begun with another configuration: {'; '.join(differences)}. "
             "Choose another sweep_dir, or remove that folder."
         )
-
-
-def _flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Values by dotted key."""
-    values: dict[str, Any] = {}
-    for key, value in section.items():
-        values |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return values
