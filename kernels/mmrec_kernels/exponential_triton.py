@@ -17,37 +17,6 @@ def _clamp(x, low, high):
     return tl.minimum(x, high, propagate_nan=tl.PropagateNan.ALL)
 
 
-@triton.jit
-def _sum_logs(gamma, left, mask, total, G: tl.constexpr, MIN_Y: tl.constexpr, CUT: tl.constexpr, ROWS: tl.constexpr):
-    gammas = load_rows(gamma, G, left, mask, 1.0, CUT, ROWS)
-    for s in tl.static_range(ROWS):
-        total += tl.log(_clamp(gammas[s].to(tl.float32), MIN_Y, 1.0))
-    return total
-
-
-@triton.jit
-def _write_products(
-    gamma,
-    y,
-    left,
-    mask,
-    start,
-    total,
-    G: tl.constexpr,
-    H: tl.constexpr,
-    MIN_LOG: tl.constexpr,
-    MIN_Y: tl.constexpr,
-    CUT: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    gammas = load_rows(gamma, G, left, mask, 1.0, CUT, ROWS)
-    for s in tl.static_range(ROWS):
-        total += tl.log(_clamp(gammas[s].to(tl.float32), MIN_Y, 1.0))
-        product = tl.exp(_clamp(start + total, MIN_LOG, 0.0))
-        tl.store(y + s * H, product, mask & (s < left) if CUT else mask)
-    return total
-
-
 @triton.jit(do_not_specialize=["batch", "length"])
 def _exponential_kernel(
     gamma,
@@ -64,7 +33,6 @@ def _exponential_kernel(
     BLOCK_D: tl.constexpr,
     STEPS: tl.constexpr,
     GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
 ):
     """Y_t = exp(max(MIN_LOG, initial + Σ_{i ≤ t} log γ_i)): a scan of logarithms whose decays are 1.
 
@@ -80,14 +48,12 @@ def _exponential_kernel(
         first = chunk * STEPS
         gs = gamma + row * gamma_batch + first.to(tl.int64) * GAMMA_TIME + channel
         ys = y + (row * length + first) * WIDTH + channel
-        count = tl.minimum(length - first, STEPS)
+        left = length - first
+        gammas = load_rows(gs, GAMMA_TIME, left, mask, 1.0, STEPS)
+        ticket = take_ticket(counter)
         total = tl.zeros([BLOCK_D], tl.float32)
-        for i in range(0, count, ROWS):
-            g, left = gs + i * GAMMA_TIME, count - i
-            if left >= ROWS:
-                total = _sum_logs(g, left, mask, total, GAMMA_TIME, MIN_Y, False, ROWS)
-            else:
-                total = _sum_logs(g, left, mask, total, GAMMA_TIME, MIN_Y, True, ROWS)
+        for s in tl.static_range(STEPS):
+            total += tl.log(_clamp(gammas[s].to(tl.float32), MIN_Y, 1.0))
 
         index = row * WIDTH + channel
         one = tl.full([BLOCK_D], 1.0, tl.float32)
@@ -99,64 +65,16 @@ def _exponential_kernel(
         start = look_back(words, states, chunk, chunks, index, mask, one, total, start, GROUP)
 
         total = tl.zeros([BLOCK_D], tl.float32)
-        for i in range(0, count, ROWS):
-            left = count - i
-            g, o = gs + i * GAMMA_TIME, ys + i * WIDTH
-            if left >= ROWS:
-                total = _write_products(g, o, left, mask, start, total, GAMMA_TIME, WIDTH, MIN_LOG, MIN_Y, False, ROWS)
-            else:
-                total = _write_products(g, o, left, mask, start, total, GAMMA_TIME, WIDTH, MIN_LOG, MIN_Y, True, ROWS)
-        ticket = take_ticket(counter)
+        for s in tl.static_range(STEPS):
+            total += tl.log(_clamp(gammas[s].to(tl.float32), MIN_Y, 1.0))
+            product = tl.exp(_clamp(start + total, MIN_LOG, 0.0))
+            tl.store(ys + s * WIDTH, product, mask & (s < left))
 
 
 @triton.jit
-def _log_gradients(
-    grad, y, left, mask, Y: tl.constexpr, H: tl.constexpr, MIN_Y: tl.constexpr, CUT: tl.constexpr, ROWS: tl.constexpr
-):
-    """Tuple of the gradients of the sums in rows: zero where a sum is clamped."""
-    grads = load_rows(grad, Y, left, mask, 0.0, CUT, ROWS)
-    ys = load_rows(y, H, left, mask, 0.0, CUT, ROWS)
-    rows = ()
-    for s in tl.static_range(ROWS):
-        rows += (tl.where(ys[s] <= MIN_Y * (1 + 1e-5), 0.0, grads[s].to(tl.float32) * ys[s]),)  # type: ignore[assignment]
-    return rows
-
-
-@triton.jit
-def _sum_log_gradients(
-    grad,
-    y,
-    left,
-    mask,
-    total,
-    Y: tl.constexpr,
-    H: tl.constexpr,
-    MIN_Y: tl.constexpr,
-    CUT: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    rows = _log_gradients(grad, y, left, mask, Y, H, MIN_Y, CUT, ROWS)
-    for s in tl.static_range(ROWS):
-        total += rows[s]
-    return total
-
-
-@triton.jit
-def _write_exponential_gradients(
-    gamma, grad, y, grad_gamma, left, mask, start, total,
-    G: tl.constexpr, Y: tl.constexpr, H: tl.constexpr, MIN_Y: tl.constexpr, CUT: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    rows = _log_gradients(grad, y, left, mask, Y, H, MIN_Y, CUT, ROWS)
-    gammas = load_rows(gamma, G, left, mask, 1.0, CUT, ROWS)
-    for s in tl.static_range(ROWS):
-        total += rows[s]
-        factor = gammas[s].to(tl.float32)
-        clamped = (factor < MIN_Y) | (factor > 1.0)
-        factor = tl.where(clamped, 1.0, factor)
-        tl.store(
-            grad_gamma + s * H, tl.where(clamped, 0.0, (start + total) / factor), mask & (s < left) if CUT else mask
-        )
-    return total
+def _log_gradient(grad, y, MIN_Y: tl.constexpr):
+    """Gradient of a sum of logarithms: zero where it is clamped."""
+    return tl.where(y <= MIN_Y * (1 + 1e-5), 0.0, grad.to(tl.float32) * y)
 
 
 @triton.jit(do_not_specialize=["batch", "length"])
@@ -180,7 +98,6 @@ def _exponential_backward_kernel(
     BLOCK_D: tl.constexpr,
     STEPS: tl.constexpr,
     GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
 ):
     """∂ log γ_t = Σ_{i ≥ t} Y_i ∂L/∂Y_i, from the last token to the first, without the sums that were clamped."""
     counter, words = words, words + 4
@@ -195,15 +112,13 @@ def _exponential_backward_kernel(
         gs = gamma + row * gamma_batch + token * GAMMA_TIME + channel
         ds = grad_y + row * grad_batch + token * GRAD_TIME + channel
         written = (row * length + token) * WIDTH + channel
-        count = tl.minimum(length - first, STEPS)
+        left = length - first
+        grads = load_rows(ds, -GRAD_TIME, left, mask, 0.0, STEPS)
+        products = load_rows(y + written, -WIDTH, left, mask, 0.0, STEPS)
+        ticket = take_ticket(counter)
         total = tl.zeros([BLOCK_D], tl.float32)
-        for i in range(0, count, ROWS):
-            left = count - i
-            d, o = ds - i * GRAD_TIME, written - i * WIDTH
-            if left >= ROWS:
-                total = _sum_log_gradients(d, y + o, left, mask, total, -GRAD_TIME, -WIDTH, MIN_Y, False, ROWS)
-            else:
-                total = _sum_log_gradients(d, y + o, left, mask, total, -GRAD_TIME, -WIDTH, MIN_Y, True, ROWS)
+        for s in tl.static_range(STEPS):
+            total += _log_gradient(grads[s], products[s], MIN_Y)
 
         index = row * WIDTH + channel
         one = tl.full([BLOCK_D], 1.0, tl.float32)
@@ -212,26 +127,20 @@ def _exponential_backward_kernel(
         start = look_back(words, states, chunk, chunks, index, mask, one, total, zero, GROUP)
 
         total = zero
-        for i in range(0, count, ROWS):
-            left = count - i
-            g, d, o = gs - i * GAMMA_TIME, ds - i * GRAD_TIME, written - i * WIDTH
-            if left >= ROWS:
-                total = _write_exponential_gradients(
-                    g, d, y + o, grad_gamma + o, left, mask, start, total,
-                    -GAMMA_TIME, -GRAD_TIME, -WIDTH, MIN_Y, False, ROWS,
-                )  # fmt: skip
-            else:
-                total = _write_exponential_gradients(
-                    g, d, y + o, grad_gamma + o, left, mask, start, total,
-                    -GAMMA_TIME, -GRAD_TIME, -WIDTH, MIN_Y, True, ROWS,
-                )  # fmt: skip
+        gammas = load_rows(gs, -GAMMA_TIME, left, mask, 1.0, STEPS)
+        for s in tl.static_range(STEPS):
+            total += _log_gradient(grads[s], products[s], MIN_Y)
+            factor = gammas[s].to(tl.float32)
+            clamped = (factor < MIN_Y) | (factor > 1.0)
+            factor = tl.where(clamped, 1.0, factor)
+            value = tl.where(clamped, 0.0, (start + total) / factor)
+            tl.store(grad_gamma + written - s * WIDTH, value, mask & (s < left))
         if chunk == chunks - 1:
             end = start + total
             if initial is not None:
                 before = tl.load(initial + index, mask, other=0.0).to(tl.float32)
                 end = tl.where((before < MIN_LOG) | (before > 0.0), 0.0, end)
             tl.store(grad_initial + index, end, mask)
-        ticket = take_ticket(counter)
 
 
 def exponential_scan_forward(gamma: Tensor, initial: Tensor | None) -> Tensor:
@@ -244,7 +153,6 @@ def exponential_scan_forward(gamma: Tensor, initial: Tensor | None) -> Tensor:
         batch,
         length,
         width,
-        gamma.element_size(),
         gamma.device,
         gamma=gamma,
         initial=None if initial is None else initial.contiguous(),
@@ -272,7 +180,6 @@ def exponential_scan_backward(
         batch,
         length,
         width,
-        grad_y.element_size() + y.element_size(),
         gamma.device,
         grad_y=grad_y,
         gamma=gamma,

@@ -1,4 +1,8 @@
-"""`linear_scan` in Triton, forward and backward: one launch each, in tiles of time (`mmrec_kernels.time_tiles`)."""
+"""`linear_scan` in Triton, forward and backward: one launch each, in tiles of time (`mmrec_kernels.time_tiles`).
+
+A tile's inputs stay in registers, 16-bit ones in pairs as they came, between the walk that summarizes it and the one
+that writes its states.
+"""
 
 import torch
 import triton
@@ -6,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmrec_kernels.handoff import take_ticket
-from mmrec_kernels.time_tiles import launch, load_rows, look_back, publish_tile, readable, tile_of_ticket
+from mmrec_kernels.time_tiles import as_new, launch, load_rows, look_back, publish_tile, readable, tile_of_ticket
 
 
 @triton.jit
@@ -19,66 +23,12 @@ def _decay(gamma, forgets, s: tl.constexpr):
 
 
 @triton.jit
-def _load_resets(reset, STEP: tl.constexpr, left, CUT: tl.constexpr, ROWS: tl.constexpr):
+def _load_resets(reset, STEP: tl.constexpr, left, STEPS: tl.constexpr):
     """Tuple of a number per row, nonzero where the row forgets what came before; empty if `reset` is None."""
     if reset is None:
         return ()
     else:
-        return load_rows(reset, STEP, left, left > 0, 0, CUT, ROWS)
-
-
-@triton.jit
-def _summarize(
-    gamma,
-    x,
-    reset,
-    left,
-    mask,
-    decay,
-    state,
-    G: tl.constexpr,
-    X: tl.constexpr,
-    STEP: tl.constexpr,
-    ADJOINT: tl.constexpr,
-    CUT: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """Appends rows to what a tile does: h ↦ γ h + x, or for the adjoint μ ↦ γ (μ + x)."""
-    gammas = load_rows(gamma, G, left, mask, 1.0, CUT, ROWS)
-    xs = load_rows(x, X, left, mask, 0.0, CUT, ROWS)
-    forgets = _load_resets(reset, STEP, left, CUT, ROWS)
-    for s in tl.static_range(ROWS):
-        factor = _decay(gammas[s], forgets, s)
-        decay *= factor
-        added = xs[s].to(tl.float32)
-        state = factor * (state + added) if ADJOINT else factor * state + added
-    return decay, state
-
-
-@triton.jit
-def _write_states(
-    gamma,
-    x,
-    reset,
-    h,
-    left,
-    mask,
-    state,
-    G: tl.constexpr,
-    X: tl.constexpr,
-    H: tl.constexpr,
-    STEP: tl.constexpr,
-    CUT: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """Scans rows and writes their states; returns the last."""
-    gammas = load_rows(gamma, G, left, mask, 1.0, CUT, ROWS)
-    xs = load_rows(x, X, left, mask, 0.0, CUT, ROWS)
-    forgets = _load_resets(reset, STEP, left, CUT, ROWS)
-    for s in tl.static_range(ROWS):
-        state = _decay(gammas[s], forgets, s) * state + xs[s].to(tl.float32)
-        tl.store(h + s * H, state, mask & (s < left) if CUT else mask)
-    return state
+        return load_rows(reset, STEP, left, left > 0, 0, STEPS)
 
 
 @triton.jit(do_not_specialize=["batch", "length"])
@@ -101,7 +51,6 @@ def _forward_kernel(
     BLOCK_D: tl.constexpr,
     STEPS: tl.constexpr,
     GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
 ):
     """h_t = γ_t h_{t−1} + x_t; STEP is −1 for the scan from the last token to the first. See the module."""
     counter, words = words, words + 4
@@ -120,16 +69,17 @@ def _forward_kernel(
         xs = x + row * x_batch + token * X_TIME + channel
         rs = None if reset is None else reset + row * length + token
         hs = h + (row * length + token) * WIDTH + channel
-        count = tl.minimum(length - first, STEPS)
+        left = length - first
+        gammas = load_rows(gs, G, left, mask, 1.0, STEPS)
+        xs = load_rows(xs, X, left, mask, 0.0, STEPS)
+        forgets = _load_resets(rs, STEP, left, STEPS)
+        ticket = take_ticket(counter)  # early, so that the next tile's number is here when this tile is done
         decay = tl.full([BLOCK_D], 1.0, tl.float32)
         state = tl.zeros([BLOCK_D], tl.float32)
-        for i in range(0, count, ROWS):
-            left = count - i
-            g, v, r = gs + i * G, xs + i * X, None if rs is None else rs + i * STEP
-            if left >= ROWS:
-                decay, state = _summarize(g, v, r, left, mask, decay, state, G, X, STEP, False, False, ROWS)
-            else:
-                decay, state = _summarize(g, v, r, left, mask, decay, state, G, X, STEP, False, True, ROWS)
+        for s in tl.static_range(STEPS):
+            factor = _decay(gammas[s], forgets, s)
+            decay *= factor
+            state = factor * state + xs[s].to(tl.float32)
 
         index = row * WIDTH + channel
         publish_tile(words, states, chunk, index, mask, decay, state)
@@ -138,50 +88,12 @@ def _forward_kernel(
             start = tl.load(initial + index, mask, other=0.0).to(tl.float32)
         state = look_back(words, states, chunk, chunks, index, mask, decay, state, start, GROUP)
 
-        for i in range(0, count, ROWS):
-            left = count - i
-            g, v, r, o = gs + i * G, xs + i * X, None if rs is None else rs + i * STEP, hs + i * H
-            if left >= ROWS:
-                state = _write_states(g, v, r, o, left, mask, state, G, X, H, STEP, False, ROWS)
-            else:
-                state = _write_states(g, v, r, o, left, mask, state, G, X, H, STEP, True, ROWS)
+        left = as_new(left)
+        for s in tl.static_range(STEPS):
+            state = _decay(as_new(gammas[s]), forgets, s) * state + as_new(xs[s]).to(tl.float32)
+            tl.store(hs + s * H, state, mask & (s < left))
         if chunk == chunks - 1:
             tl.store(final + index, state, mask)
-        ticket = take_ticket(counter)
-
-
-@triton.jit
-def _write_gradients(
-    gamma,
-    grad,
-    h,
-    reset,
-    grad_x,
-    grad_gamma,
-    initial,
-    left,
-    mask,
-    state,
-    G: tl.constexpr,
-    Y: tl.constexpr,
-    H: tl.constexpr,
-    STEP: tl.constexpr,
-    CUT: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """Scans rows of adjoints and writes both gradients; `h` is the state that entered the first row's token."""
-    hs = load_rows(h, H, left - 1, mask, 0.0, CUT, ROWS)
-    gammas = load_rows(gamma, G, left, mask, 1.0, CUT, ROWS)
-    grads = load_rows(grad, Y, left, mask, 0.0, CUT, ROWS)
-    forgets = _load_resets(reset, STEP, left, CUT, ROWS)
-    for s in tl.static_range(ROWS):
-        there = mask & (s < left) if CUT else mask
-        entered = tl.where(s + 1 == left, initial, hs[s].to(tl.float32)) if CUT else hs[s].to(tl.float32)
-        adjoint = state + grads[s].to(tl.float32)
-        tl.store(grad_x + s * H, adjoint, there)
-        tl.store(grad_gamma + s * H, _decay(entered * adjoint, forgets, s), there)
-        state = _decay(gammas[s], forgets, s) * adjoint
-    return state
 
 
 @triton.jit(do_not_specialize=["batch", "length"])
@@ -207,7 +119,6 @@ def _backward_kernel(
     BLOCK_D: tl.constexpr,
     STEPS: tl.constexpr,
     GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
 ):
     """λ_t = ∂L/∂h_t + μ_{t+1} and μ_t = γ_t λ_t, against the direction of the forward scan.
 
@@ -230,16 +141,17 @@ def _backward_kernel(
         ys = grad_h + row * grad_batch + token * GRAD_TIME + channel
         rs = None if reset is None else reset + row * length + token
         written = (row * length + token) * WIDTH + channel
-        count = tl.minimum(length - first, STEPS)
+        left = length - first
+        gammas = load_rows(gs, G, left, mask, 1.0, STEPS)
+        grads = load_rows(ys, Y, left, mask, 0.0, STEPS)
+        forgets = _load_resets(rs, STEP, left, STEPS)
+        ticket = take_ticket(counter)
         decay = tl.full([BLOCK_D], 1.0, tl.float32)
         state = tl.zeros([BLOCK_D], tl.float32)
-        for i in range(0, count, ROWS):
-            left = count - i
-            g, y, r = gs + i * G, ys + i * Y, None if rs is None else rs + i * STEP
-            if left >= ROWS:
-                decay, state = _summarize(g, y, r, left, mask, decay, state, G, Y, STEP, True, False, ROWS)
-            else:
-                decay, state = _summarize(g, y, r, left, mask, decay, state, G, Y, STEP, True, True, ROWS)
+        for s in tl.static_range(STEPS):
+            factor = _decay(gammas[s], forgets, s)
+            decay *= factor
+            state = factor * (state + grads[s].to(tl.float32))
 
         index = row * WIDTH + channel
         publish_tile(words, states, chunk, index, mask, decay, state)
@@ -249,23 +161,18 @@ def _backward_kernel(
         before = tl.zeros([BLOCK_D], tl.float32)
         if initial is not None:
             before = tl.load(initial + index, mask, other=0.0).to(tl.float32)
-        for i in range(0, count, ROWS):
-            left = length - first - i
-            g, y, r, o = gs + i * G, ys + i * Y, None if rs is None else rs + i * STEP, written + i * H
-            # the state that entered the first token is not among h, so the rows at the end are never taken as whole
-            if left > ROWS:
-                state = _write_gradients(
-                    g, y, h + o + H, r, grad_x + o, grad_gamma + o, before, left, mask, state,
-                    G, Y, H, STEP, False, ROWS,
-                )  # fmt: skip
-            else:
-                state = _write_gradients(
-                    g, y, h + o + H, r, grad_x + o, grad_gamma + o, before, left, mask, state,
-                    G, Y, H, STEP, True, ROWS,
-                )  # fmt: skip
+        left = as_new(left)
+        # the state that entered a token, which for the last one is not among h
+        entered = load_rows(h + written + H, H, left - 1, mask, 0.0, STEPS)
+        for s in tl.static_range(STEPS):
+            there = mask & (s < left)
+            adjoint = state + as_new(grads[s]).to(tl.float32)
+            state_before = tl.where(s + 1 == left, before, entered[s].to(tl.float32))
+            tl.store(grad_x + written + s * H, adjoint, there)
+            tl.store(grad_gamma + written + s * H, _decay(state_before * adjoint, forgets, s), there)
+            state = _decay(as_new(gammas[s]), forgets, s) * adjoint
         if chunk == chunks - 1:
             tl.store(grad_initial + index, state, mask)
-        ticket = take_ticket(counter)
 
 
 def linear_scan_forward(
@@ -281,7 +188,6 @@ def linear_scan_forward(
         batch,
         length,
         width,
-        gamma.element_size() + x.element_size(),
         x.device,
         gamma=gamma,
         x=x,
@@ -318,7 +224,6 @@ def linear_scan_backward(
         batch,
         length,
         width,
-        grad_h.element_size() + gamma.element_size(),
         h.device,
         grad_h=grad_h,
         grad_final=grad_final.contiguous(),

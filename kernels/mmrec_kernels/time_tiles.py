@@ -6,7 +6,7 @@ tile a program
 
 1. walks the tokens to get what the tile does to the state that enters it, h ↦ decay · h + state, and publishes that;
 2. looks back for the state that enters the tile (`look_back`);
-3. walks the tokens again, which are in the L1 cache by now, and writes the states.
+3. walks the tokens again, which are in registers or in the caches by now, and writes the states.
 
 So every input is read from device memory once. Tiles form groups of `GROUP`, groups form supergroups of `GROUP`
 groups. The last tile of a group publishes what the whole group does, the last tile of a supergroup the state that
@@ -25,13 +25,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmrec_kernels.backend import interpreted
 from mmrec_kernels.checks import cdiv
 
 BLOCK_D = 64
 STEPS = 64
-GROUP = 8
-ROWS = 32  # rows whose loads are in flight together
-CACHED_BYTES = 192 * 1024  # what the tiles in flight may take of a multiprocessor's L1 cache
+GROUP = 5
+RESIDENT = 8  # programs that a multiprocessor has registers for
+COMPILED = tl.constexpr(not interpreted())
 
 
 def handoff_words(scans: int, length: int, states: int, device: torch.device, steps: int) -> Tensor:
@@ -159,13 +160,27 @@ def look_back(words, states, chunk, chunks, index, mask, decay, state, initial, 
 
 
 @triton.jit
-def load_rows(place, STRIDE: tl.constexpr, left, mask, other: tl.constexpr, CUT: tl.constexpr, ROWS: tl.constexpr):
-    """Tuple of rows, number s from `place + s * STRIDE`; with CUT those from number `left` on are `other` instead."""
+def load_rows(place, STRIDE: tl.constexpr, left, mask, other: tl.constexpr, ROWS: tl.constexpr):
+    """Tuple of rows, number s from `place + s * STRIDE`; those from number `left` on are `other` instead."""
     rows = ()
     for s in tl.static_range(ROWS):
-        at = place + s * STRIDE
-        rows += (tl.load(at, mask & (s < left), other=other) if CUT else tl.load(at, mask),)  # type: ignore[assignment]
+        rows += (tl.load(place + s * STRIDE, mask & (s < left), other=other),)  # type: ignore[assignment]
     return rows
+
+
+@triton.jit
+def as_new(x):
+    """x, but the compiler does not know that it is.
+
+    What it has computed from x before, such as a number in fp32 or a mask per row, it would keep in registers for a
+    second use, and there are none left.
+    """
+    if COMPILED and (x.dtype.primitive_bitwidth == 16 and x.type.is_block() and x.shape[0] % 64 == 0):
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", (x,), x.dtype, is_pure=False, pack=2)
+    elif COMPILED and x.dtype.primitive_bitwidth == 32:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", (x,), x.dtype, is_pure=False, pack=1)
+    else:
+        return x
 
 
 @triton.jit
@@ -186,40 +201,33 @@ def readable(x: Tensor) -> Tensor:
     return x if x.stride(2) == 1 and x.stride(1) * STEPS < 2**31 else x.contiguous()
 
 
-def programs_in_cache(batch: int, length: int, width: int, item_bytes: int, device: torch.device) -> int:
-    """Programs (one per tile at most) whose tiles fit the L1 caches; `item_bytes` is read per token and channel."""
-    tiles = cdiv(length, STEPS) * batch * cdiv(width, BLOCK_D)
-    if device.type != "cuda":
-        return tiles
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return min(tiles, processors * max(1, CACHED_BYTES // (STEPS * BLOCK_D * item_bytes)))
-
-
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
     """Makes a CUDA device the one that kernels are launched on."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def launch(
-    kernel: Any, batch: int, length: int, width: int, item_bytes: int, device: torch.device, **arguments: Any
-) -> None:
-    """Runs a kernel on the tiles of [B, T, D] inputs, with as many programs as have their tiles in the L1 caches.
+def launch(kernel: Any, batch: int, length: int, width: int, device: torch.device, **arguments: Any) -> None:
+    """Runs a kernel on the tiles of [B, T, D] inputs, with as many programs as run at the same time.
 
     Args:
-        item_bytes: Bytes that the first walk reads per token and channel.
         arguments: The kernel's own; those that every kernel of this kind has are added here.
     """
+    # pairs of 16-bit channels take a register, as one fp32 channel does
+    wide = any(isinstance(x, Tensor) and x.dim() == 3 and x.element_size() > 2 for x in arguments.values())
+    block_d = BLOCK_D // 2 if wide else BLOCK_D
+    programs = cdiv(length, STEPS) * batch * cdiv(width, block_d)
+    if device.type == "cuda":
+        programs = min(programs, RESIDENT * torch.cuda.get_device_properties(device).multi_processor_count)
     with on_device(device):
-        kernel[(programs_in_cache(batch, length, width, item_bytes, device),)](
+        kernel[(programs,)](
             **arguments,
             words=handoff_words(1, length, batch * width, device, STEPS),
             batch=batch,
             length=length,
             WIDTH=width,
-            BLOCK_D=BLOCK_D,
+            BLOCK_D=block_d,
             STEPS=STEPS,
             GROUP=GROUP,
-            ROWS=ROWS,
             num_warps=1,
             num_stages=1,
         )
