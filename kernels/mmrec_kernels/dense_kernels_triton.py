@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from mmrec_kernels.handoff import take_ticket
+from mmrec_kernels.operands_triton import HEADROOM, HEADROOM_8_BIT, power_of_two, state_before
 from mmrec_kernels.register_tiles import last_row, scan_tile, summarize_tile
 from mmrec_kernels.solver import MIN_IMPORTANCE
 from mmrec_kernels.time_tiles import look_back, publish_tile, tile_of_ticket
@@ -22,13 +23,11 @@ LEAST_WEIGHT = tl.constexpr(MIN_IMPORTANCE)
 
 
 @triton.jit
-def _added(source, product, unscale, b, offset, step, inside, keep, has_earlier, ADJOINT: tl.constexpr):
+def _added(source, product, unscale, offset, step, inside, keep, has_earlier, ADJOINT: tl.constexpr):
     """What each token of a tile adds to the state: z σ(a), or g of the token before plus y."""
     value = tl.zeros(offset.shape, tl.float32)
     if product is not None:
-        value = tl.load(product + offset, inside, other=0.0).to(tl.float32)
-        if unscale is not None:
-            value *= tl.load(unscale + b)
+        value = tl.load(product + offset, inside, other=0.0).to(tl.float32) * unscale
     if ADJOINT:
         return tl.load(source + offset - step, inside & has_earlier, other=0.0).to(tl.float32) + value * keep
     else:
@@ -37,8 +36,8 @@ def _added(source, product, unscale, b, offset, step, inside, keep, has_earlier,
 
 @triton.jit
 def _step_tile(
-    gamma, source, product, old_product, unscale, factor, reset, initial, scale, operand, value, final, change,
-    size, words, change_words, ticket, batch, length, shift,
+    gamma, source, product, old_product, largest, largest_weight, factor, reset, initial, operand, value, final,
+    change, size, words, change_words, ticket, batch, length, shift,
     D: tl.constexpr, ADJOINT: tl.constexpr, WHOLE: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -58,12 +57,19 @@ def _step_tile(
         there = chunk * STEPS + row < length
         keep -= tl.load(reset + first + row * direction, there, other=0)[:, None].to(tl.float32)
 
+    scale = 1.0
+    if largest is not None:
+        scale = power_of_two(tl.load(largest + b), HEADROOM)
+    unscale = 1.0 / scale
+    if largest_weight is not None:
+        unscale /= power_of_two(tl.load(largest_weight), HEADROOM_8_BIT)
+
     decays = tl.load(gamma + offset, inside, other=1.0).to(tl.float32) * keep
-    x = _added(source, product, unscale, b, offset, D, inside, keep, has_earlier, ADJOINT)
+    x = _added(source, product, unscale, offset, D, inside, keep, has_earlier, ADJOINT)
     decay, state = summarize_tile(decays, x)
     publish_tile(words, states, chunk, index, mask, decay, state)
     if old_product is not None:
-        moved = x - _added(source, old_product, unscale, b, offset, D, inside, keep, has_earlier, ADJOINT)
+        moved = x - _added(source, old_product, unscale, offset, D, inside, keep, has_earlier, ADJOINT)
         decay, delta = summarize_tile(decays, moved)
         publish_tile(change_words, states, chunk, index, mask, decay, delta)
     start = tl.load(initial + index, mask, other=0.0)
@@ -74,8 +80,8 @@ def _step_tile(
     if factor is not None:
         f = tl.load(factor + offset, inside, other=0.0).to(tl.float32)
     u = before * f
-    if scale is not None:
-        u *= tl.load(scale + b)
+    if largest is not None:
+        u *= scale
         limit: tl.constexpr = 65504.0 if operand.dtype.element_ty == tl.float16 else 448.0
         # what fp16 cannot hold must not pass for converged
         if tl.max(tl.max(tl.where(inside, tl.abs(u), 0.0), 0)) > 65504.0:
@@ -103,8 +109,8 @@ def _step_tile(
 
 @triton.jit(do_not_specialize=["batch", "length", "shift"])
 def step_kernel(
-    gamma, source, product, old_product, unscale, factor, reset, initial, scale, operand, value, final, change,
-    size, words, change_words, batch, length, shift,
+    gamma, source, product, old_product, largest, largest_weight, factor, reset, initial, operand, value, final,
+    change, size, words, change_words, batch, length, shift,
     D: tl.constexpr, ADJOINT: tl.constexpr, WHOLE: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -113,13 +119,13 @@ def step_kernel(
     gamma, source (z, or the gradient of h), product, old_product, factor (s of the adjoint), operand and value are
     [batch, length, D]; reset [batch, length]; initial and final [batch, D] fp32; change and size [batch] int32, the
     bits of fp32 numbers. Without a product the gate is neutral (y is zero). With an old one the iteration is measured,
-    and value and final are written. scale, unscale: [batch] fp32, what operands
-    and products are multiplied by. shift: zero, see
-    `register_tiles`. WHOLE: tiles fill length and D. A program takes one tile, which stays in its registers.
+    and value and final are written. largest [batch], largest_weight [1]: what operands, and the weight of this
+    product, are scaled by (`operands_triton`); None for 1. shift: zero, see `register_tiles`. WHOLE: tiles fill length
+    and D. A program takes one tile, which stays in its registers.
     """
     _step_tile(
-        gamma, source, product, old_product, unscale, factor, reset, initial, scale, operand, value, final, change,
-        size, words + 4, change_words + 4, take_ticket(words), batch, length, shift,
+        gamma, source, product, old_product, largest, largest_weight, factor, reset, initial, operand, value, final,
+        change, size, words + 4, change_words + 4, take_ticket(words), batch, length, shift,
         D, ADJOINT, WHOLE, BLOCK_D, STEPS, GROUP,
     )  # fmt: skip
 
@@ -176,7 +182,7 @@ def _product_tile(
 
 @triton.jit(do_not_specialize=["batch", "length", "shift"])
 def refine_kernel(
-    gamma, source, products, unscale, matrix, factor, reset, initial, scale, operand, value, final, changes, sizes,
+    gamma, source, products, largest, matrix, factor, reset, initial, operand, value, final, changes, sizes,
     iterations, words, change_words, word_count, meeting, batch, length, shift, tolerance, planned, max_iterations,
     N_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr, D: tl.constexpr, HEAD: tl.constexpr, ADJOINT: tl.constexpr,
     WHOLE: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr, GROUP: tl.constexpr,
@@ -210,7 +216,7 @@ def refine_kernel(
         meetings = _meet(meeting, meetings)
         for tile in range(program, tiles, programs):
             _step_tile(
-                gamma, source, new, old, unscale, factor, reset, initial, scale, operand, value, final,
+                gamma, source, new, old, largest, None, factor, reset, initial, operand, value, final,
                 changes + iteration * batch, sizes + iteration * batch, words + 4, change_words + 4,
                 tile, batch, length, shift, D, ADJOINT, WHOLE, BLOCK_D, STEPS, GROUP,
             )  # fmt: skip
@@ -300,13 +306,13 @@ def finish_kernel(
 
 
 @triton.jit
-def slope_kernel(z, logits, unscale, slope, count, row_size, BLOCK: tl.constexpr):
-    """s = z σ′(a), elementwise over `count` elements; a is the logits times `unscale` of the row, if there is one."""
+def slope_kernel(z, logits, largest, slope, count, row_size, BLOCK: tl.constexpr):
+    """s = z σ′(a), elementwise over `count` elements; a is the logits, of states scaled by `largest` if it is given."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
     a = tl.load(logits + at, inside, other=0.0)
-    if unscale is not None:
-        a *= tl.load(unscale + at // row_size, inside, other=0.0)
+    if largest is not None:
+        a /= power_of_two(tl.load(largest + at // row_size, inside, other=0), HEADROOM)
     gate = tl.sigmoid(a)
     value = tl.load(z + at, inside, other=0.0).to(tl.float32) * gate * (1.0 - gate)
     tl.store(slope + at, value.to(slope.dtype.element_ty), inside)
@@ -317,8 +323,9 @@ def gradient_kernel(
     adjoint,
     z,
     logits,
-    unscale,
-    before,
+    largest,
+    h,
+    initial,
     grad_z,
     grad_gamma,
     grad_gate,
@@ -329,20 +336,21 @@ def gradient_kernel(
 ):
     """Gradients of one token [D]: z's λ σ(a), γ's λ h_{t−1}, the logits' λ s; the last two are zero at a reset."""
     row = tl.program_id(0).to(tl.int64)
+    b, t = row // length, row % length
     keep = 1.0
     if reset is not None:
-        keep = 1.0 - tl.load(reset + row).to(tl.float32)
+        keep -= tl.load(reset + row).to(tl.float32)
     for start in range(0, D, BLOCK):
         channel = start + tl.arange(0, BLOCK)
         inside = channel < D
         at = row * D + channel
         value = tl.load(adjoint + at, inside, other=0.0)
         a = tl.load(logits + at, inside, other=0.0)
-        if unscale is not None:
-            a *= tl.load(unscale + row // length)
+        if largest is not None:
+            a /= power_of_two(tl.load(largest + b), HEADROOM)
         gate = tl.sigmoid(a)
         slope = tl.load(z + at, inside, other=0.0).to(tl.float32) * gate * (1.0 - gate)
-        h = tl.load(before + at, inside, other=0.0).to(tl.float32)
+        before = state_before(h + row * D, initial, b, t, channel, inside, D)
         tl.store(grad_z + at, (value * gate).to(grad_z.dtype.element_ty), inside)
-        tl.store(grad_gamma + at, (value * h).to(grad_gamma.dtype.element_ty), inside)
+        tl.store(grad_gamma + at, (value * before * keep).to(grad_gamma.dtype.element_ty), inside)
         tl.store(grad_gate + at, (value * slope * keep).to(grad_gate.dtype.element_ty), inside)

@@ -14,7 +14,6 @@ With W in 16 bit, operands are fp16 (scaled by a power of two, see `_Operands`) 
 bf16 would move the states by about 1e−3 of the largest one at every iteration, which then never settles within less.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -24,16 +23,17 @@ from mmrec_kernels.backend import interpreted
 from mmrec_kernels.checks import cdiv
 from mmrec_kernels.dense_kernels_triton import finish_kernel, gradient_kernel, refine_kernel, slope_kernel, step_kernel
 from mmrec_kernels.matmul import gate_weight_gradient
-from mmrec_kernels.scan_torch import shift_right
+from mmrec_kernels.operands_triton import converted_weight, raise_largest, states_before
 from mmrec_kernels.solver import SolverSettings
 from mmrec_kernels.time_tiles import GROUP, handoff_words, on_device
 
 PLANNED = {torch.float32: 8}  # iterations before the change is looked at, by the dtype of W; else 5
 PLANNED_8_BIT = 2  # how many of them have 8-bit operands
 WIDTH_8_BIT = 2048  # from this width on: below, a product costs less than rounding its operands
-HEADROOM = 16.0  # operands are scaled so that the largest input of the recurrence comes near this
 CHANNELS = 32  # of a tile, per warp
 STEPS = 64  # tokens of a tile
+STEPS_MEASURED = 32  # of the iteration that is measured, which holds twice as much
+STEP_WARPS = 4
 
 
 class _Problem(NamedTuple):
@@ -73,18 +73,6 @@ def _multiply(operand: Tensor, matrix: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-def _largest(x: Tensor) -> Tensor:
-    """Largest absolute value of each row of x [B, ...]: [B] fp32."""
-    return torch.linalg.vector_norm(x.flatten(1), float("inf"), dim=1, dtype=torch.float32)
-
-
-def _scale(*parts: Tensor) -> Tensor:
-    """Powers of two [B], fp32, that bring each row's largest value near `HEADROOM`: fp16 holds 4000 times as much."""
-    largest = torch.stack([_largest(x) for x in parts]).amax(0)
-    exponent = torch.floor(math.log2(HEADROOM) - torch.log2(largest.nan_to_num(0.0, 0.0, 0.0)))
-    return torch.exp2(exponent.clamp(-100.0, 100.0))
-
-
 class _Operands:
     """Operands of the products, and the products.
 
@@ -96,37 +84,46 @@ class _Operands:
     def __init__(self, problem: _Problem, planned: int, limit: int):
         source, matrix = problem.source, problem.matrix
         device = source.device
-        half = matrix.dtype != torch.float32
-        self.matrix = matrix.to(torch.float16) if half else matrix
-        self.scale = _scale(source, problem.initial) if half else None
-        self.unscale = 1 / self.scale if self.scale is not None else None
+        self.matrix = matrix
+        self.largest: Tensor | None = None
+        self.low = 0
+        if matrix.dtype != torch.float32:
+            self.largest = torch.zeros(len(source), dtype=torch.int32, device=device)
+            raise_largest(self.largest, source)
+            raise_largest(self.largest, problem.initial)
+            # as many iterations as tokens make all of them exact, but not with 8 bits
+            if planned > 2 and limit < source.shape[1] and _has_8_bit_products(problem):
+                self.low = min(PLANNED_8_BIT, planned - 2)
+            if self.low:
+                self.largest_weight = torch.zeros(1, dtype=torch.int32, device=device)
+                raise_largest(self.largest_weight, problem.weight.unsqueeze(0))
+                half, self.low_matrix = converted_weight(problem.weight, self.largest_weight, problem.adjoint)
+                self.matrix = (half.mT if problem.adjoint else half).unsqueeze(0)
+                self.one = torch.ones((), device=device)
+                self.low_operand = torch.empty(source.shape, dtype=torch.float8_e4m3fn, device=device)
+                self.low_product = torch.empty(source.shape, dtype=torch.bfloat16, device=device)
+            else:
+                self.matrix = matrix.to(torch.float16)
         self.operand = torch.empty(source.shape, dtype=self.matrix.dtype, device=device)
-        # as many iterations as tokens make all of them exact, but not with 8 bits
-        enough = planned > 2 and limit < source.shape[1]
-        self.low = min(PLANNED_8_BIT, planned - 2) if enough and _has_8_bit_products(problem) else 0
-        if self.low:
-            matrix_scale = torch.finfo(torch.float8_e4m3fn).max / _largest(matrix).clamp_min(1e-30)
-            self.low_matrix = (matrix[0] * matrix_scale).to(torch.float8_e4m3fn).contiguous()
-            self.low_scales = torch.ones_like(matrix_scale[0]), 1 / matrix_scale[0]
-            self.low_operand = torch.empty(source.shape, dtype=torch.float8_e4m3fn, device=device)
-            self.low_product = torch.empty(source.shape, dtype=torch.bfloat16, device=device)
 
     def after(self, n: int) -> Tensor:
         """Where iteration n writes its operand."""
         return self.low_operand if n < self.low else self.operand
 
     def product(self, n: int, out: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The product of iteration n ≥ 1, in `out` (fp32) or elsewhere, and what to multiply it by."""
+        """The product of iteration n ≥ 1, in `out` (fp32) or elsewhere, and what its matrix is scaled by (bits)."""
         if n > self.low:
-            return _multiply(self.operand, self.matrix, out), self.unscale
+            return _multiply(self.operand, self.matrix, out), None
         flat, result = self.low_operand.flatten(0, 1), self.low_product
-        torch._scaled_mm(flat, self.low_matrix.T, *self.low_scales, out_dtype=result.dtype, out=result.flatten(0, 1))
-        return result, self.unscale
+        torch._scaled_mm(
+            flat, self.low_matrix.T, self.one, self.one, out_dtype=result.dtype, out=result.flatten(0, 1)
+        )  # fmt: skip
+        return result, self.largest_weight
 
 
 def _has_8_bit_products(problem: _Problem) -> bool:
     heads, width, _ = problem.matrix.shape
-    if interpreted() or heads > 1 or width < WIDTH_8_BIT or width % 16 or problem.matrix.dtype == torch.float32:
+    if interpreted() or heads > 1 or width < WIDTH_8_BIT or width % 16:
         return False
     return torch.cuda.get_device_capability(problem.source.device) >= (8, 9)
 
@@ -147,26 +144,29 @@ def _solve(problem: _Problem, settings: SolverSettings) -> tuple[Tensor, Tensor]
     if limit == 0:
         changes.view(torch.float32).fill_(float("inf"))
         sizes.view(torch.float32).fill_(1.0)
-    words = handoff_words(planned + 2, length, batch * width, device, STEPS)
+    words = handoff_words(max(planned, 2), length, batch * width, device, STEPS)
+    measured_words = handoff_words(2, length, batch * width, device, STEPS_MEASURED)
     common = dict(
         gamma=problem.gamma, source=source, factor=problem.factor, reset=problem.reset, initial=problem.initial,
         value=problem.value, final=problem.final, batch=batch, length=length, D=width, ADJOINT=problem.adjoint,
     )  # fmt: skip
-    tiles = cdiv(length, STEPS) * batch * cdiv(width, 4 * CHANNELS)
-    tiling = dict(STEPS=STEPS, GROUP=GROUP, WHOLE=length % STEPS == 0 and width % (8 * CHANNELS) == 0, shift=0)
+    tiling = dict(GROUP=GROUP, WHOLE=length % STEPS == 0 and width % (8 * CHANNELS) == 0, shift=0)
     product: Tensor | None = None
-    unscale: Tensor | None = None
+    largest_weight: Tensor | None = None
     for n in range(planned + 1):
         old_product = product
         if n > 0:
-            product, unscale = operands.product(n, products[n % 2])
+            product, largest_weight = operands.product(n, products[n % 2])
         if n == planned == 1:
             old_product = products[0].zero_()  # the neutral gate of the guess
-        step_kernel[(tiles,)](
+        measured = n == planned
+        steps, block_d = STEPS_MEASURED if measured else STEPS, STEP_WARPS * CHANNELS
+        step_kernel[(cdiv(length, steps) * batch * cdiv(width, block_d),)](
             **common, **tiling,
-            product=product, old_product=old_product if n == planned else None, unscale=unscale,
-            scale=operands.scale, operand=operands.after(n), change=changes[planned], size=sizes[planned],
-            words=words[n], change_words=words[planned + 1], BLOCK_D=4 * CHANNELS, num_warps=4,
+            product=product, old_product=old_product if measured else None, largest=operands.largest,
+            largest_weight=largest_weight, operand=operands.after(n), change=changes[planned], size=sizes[planned],
+            words=measured_words[0] if measured else words[n], change_words=measured_words[1],
+            STEPS=steps, BLOCK_D=block_d, num_warps=STEP_WARPS,
         )  # fmt: skip
 
     counters = torch.zeros(2, dtype=torch.int32, device=device)
@@ -183,10 +183,10 @@ def _solve(problem: _Problem, settings: SolverSettings) -> tuple[Tensor, Tensor]
     n_stride, k_stride = operands.matrix.stride()[1:]
     refine_kernel[(programs,)](
         **common, **tiling, **together,
-        matrix=operands.matrix, N_STRIDE=n_stride, K_STRIDE=k_stride, products=products, unscale=operands.unscale,
-        scale=operands.scale, operand=operands.operand, words=words[0], change_words=words[1],
+        matrix=operands.matrix, N_STRIDE=n_stride, K_STRIDE=k_stride, products=products,
+        largest=operands.largest, operand=operands.operand, words=words[0], change_words=words[1],
         word_count=words.shape[1], meeting=counters[0], planned=planned, max_iterations=limit,
-        BLOCK_D=8 * CHANNELS, BLOCK_M=blocks[0], BLOCK_N=blocks[1], BLOCK_K=blocks[2], num_stages=3,
+        STEPS=STEPS, BLOCK_D=8 * CHANNELS, BLOCK_M=blocks[0], BLOCK_N=blocks[1], BLOCK_K=blocks[2], num_stages=3,
     )  # fmt: skip
     n_stride, k_stride = problem.matrix.stride()[1:]
     finish_kernel[(programs,)](
@@ -208,14 +208,17 @@ _BLOCKS = {torch.float32: (64, 64, 32)}
 _BLOCKS_INTERPRETED = (16, 16, 16)
 
 
-def _logits(before: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
-    """W times the states before each token [B, T, D] in fp32, and what to multiply it by."""
+def _logits(h: Tensor, initial: Tensor, weight: Tensor, reset: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """W times the states before each token [B, T, D] in fp32, and the bits of what they are scaled by (`operands`)."""
     matrix = weight if weight.dim() == 3 else weight.unsqueeze(0)
-    out = torch.empty(before.shape, dtype=torch.float32, device=before.device)
-    if weight.dtype == torch.float32:
-        return _multiply(before.float(), matrix, out), None
-    scale = _scale(before)
-    return _multiply((before * scale.view(-1, 1, 1)).to(torch.float16), matrix.to(torch.float16), out), 1 / scale
+    largest, dtype = None, weight.dtype
+    if h.dtype != dtype and dtype != torch.float32:
+        largest, dtype = torch.zeros(len(h), dtype=torch.int32, device=h.device), torch.float16
+        raise_largest(largest, h)
+        raise_largest(largest, initial)
+    operand = states_before(h, initial, reset, largest, dtype)
+    out = torch.empty(h.shape, dtype=torch.float32, device=h.device)
+    return _multiply(operand, matrix.to(dtype), out), largest
 
 
 def forward(
@@ -243,14 +246,11 @@ def backward(
     settings: SolverSettings,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of z, gamma, weight and the initial state."""
-    z, gamma, weight = z.contiguous(), gamma.contiguous(), weight.contiguous()
+    z, gamma, weight, h, initial = (x.contiguous() for x in (z, gamma, weight, h, initial))
     with on_device(z.device):
-        before = shift_right(h, initial.to(h.dtype))
-        if reset is not None:
-            before.masked_fill_(reset.unsqueeze(-1), 0.0)
-        logits, unscale = _logits(before, weight)
+        logits, largest = _logits(h, initial, weight, reset)
         slope = torch.empty(z.shape, dtype=weight.dtype, device=z.device)
-        slope_kernel[(cdiv(z.numel(), 2048),)](z, logits, unscale, slope, z.numel(), z[0].numel(), BLOCK=2048)
+        slope_kernel[(cdiv(z.numel(), 2048),)](z, logits, largest, slope, z.numel(), z[0].numel(), BLOCK=2048)
         adjoint = torch.empty(z.shape, dtype=torch.float32, device=z.device)
         grad_initial = torch.empty(initial.shape, dtype=torch.float32, device=z.device)
         last = (grad_h[:, -1].float() + grad_final).contiguous()
@@ -262,8 +262,9 @@ def backward(
             adjoint,
             z,
             logits,
-            unscale,
-            before,
+            largest,
+            h,
+            initial,
             grad_z,
             grad_gamma,
             grad_gate,
@@ -272,4 +273,4 @@ def backward(
             D=z.shape[2],
             BLOCK=1024,
         )
-    return grad_z, grad_gamma, gate_weight_gradient(grad_gate, before, weight), grad_initial.to(initial.dtype)
+    return grad_z, grad_gamma, gate_weight_gradient(grad_gate, h, initial, weight), grad_initial.to(initial.dtype)

@@ -33,7 +33,6 @@ from mmrec_kernels.checks import cdiv
 from mmrec_kernels.handoff import publish, take_ticket, wait_for
 from mmrec_kernels.matmul import gate_weight_gradient
 from mmrec_kernels.register_tiles import scan_tile
-from mmrec_kernels.scan_torch import shift_right
 from mmrec_kernels.solver import MIN_IMPORTANCE, SolverSettings
 from mmrec_kernels.time_tiles import on_device
 
@@ -121,13 +120,12 @@ def _solve_kernel(
     residual = 0.0
     exact = 0
     n = 0
+    carry = tl.load(carry_in_ptr + state_offset)
+    before_scale = 0.0
+    final = step == 0  # whether the tile before is done: then its carry stays, and nobody is waited for any more
     done = False
     while not done:
-        if step == 0:
-            carry = tl.load(carry_in_ptr + state_offset)
-            before_scale = 0.0
-            final = True
-        else:
+        if not final:
             previous = ticket - rows * H
             flag = wait_for(flags_ptr + 1 + previous, tl.where(n <= max_iterations, n + 1, DONE))
             last = tl.where(flag >= DONE, flag - DONE - 1, DONE)
@@ -267,5 +265,4 @@ def backward(
     )  # fmt: skip
     with on_device(z.device):
         _solve(arguments, z, weight, True, settings)
-    before = shift_right(h, initial.to(h.dtype))
-    return grad_z, grad_gamma, gate_weight_gradient(grad_gate, before, weight), grad_initial
+    return grad_z, grad_gamma, gate_weight_gradient(grad_gate, h, initial, weight), grad_initial

@@ -31,15 +31,22 @@ def gate_product(h: Tensor, weight: Tensor) -> Tensor:
     return torch.bmm(by_head, matrix.mT).transpose(0, 1).reshape(batch, length, width)
 
 
-def gate_weight_gradient(grad: Tensor, before: Tensor, weight: Tensor) -> Tensor:
-    """Σ_t grad_t before_tᵀ over batch and time, in the shape and dtype of the weight.
+def gate_weight_gradient(grad: Tensor, h: Tensor, initial: Tensor, weight: Tensor) -> Tensor:
+    """Σ_t grad_t h_{t−1}ᵀ over batch and time, in the shape and dtype of the weight.
 
     Args:
-        grad: Gradient of the gate's logits [B, T, D], zero where the state before is forgotten.
-        before: The state before each token [B, T, D].
+        grad: Gradient of the gate's logits [B, T, D], contiguous, zero where the state before is forgotten. The first
+            token's are overwritten: rows of a batch follow each other, and the state before them is not in h.
+        h: States [B, T, D], contiguous.
+        initial: The state before the first token [B, D].
     """
-    width = before.shape[-1]
     heads = weight.shape[0] if weight.dim() == 3 else 1
-    left = grad.to(weight.dtype).view(-1, heads, width // heads).permute(1, 2, 0)  # [H, d, B·T]
-    right = before.to(weight.dtype).view(-1, heads, width // heads).transpose(0, 1)  # [H, B·T, d]
-    return matmul_fp32(left, right).view(weight.shape).to(weight.dtype)
+
+    def product(left: Tensor, right: Tensor) -> Tensor:  # [n, D] each
+        left, right = (x.to(weight.dtype).unflatten(-1, (heads, -1)).transpose(0, 1) for x in (left, right))
+        return matmul_fp32(left.mT, right)
+
+    total = product(grad[:, 0], initial)
+    grad[:, 0] = 0.0
+    total += product(grad.flatten(0, 1)[1:], h.flatten(0, 1)[:-1])
+    return total.view(weight.shape).to(weight.dtype)

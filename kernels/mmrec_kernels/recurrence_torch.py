@@ -142,7 +142,7 @@ def backward(
     return (
         (adjoint * gate).to(z.dtype),
         (adjoint * before).to(gamma.dtype),
-        gate_weight_gradient(grad_gate, before, weight),
+        gate_weight_gradient(grad_gate, h.to(dtype), initial.to(dtype), weight),
         grad_initial.squeeze(1).to(initial.dtype),
     )
 

@@ -103,6 +103,7 @@ def test_more_than_two_to_the_31_elements(monkeypatch):
     length, last, window = 530_000, 256, 512
     tensors, options = chunk(32, length, 64, window, torch.bfloat16)
     options["slot_stop"] = options["slot_stop"].clamp_max(100)  # few slots: quick
+    options["slot_start"] = torch.zeros_like(options["slot_start"])
     tensors |= {name: tensors[name][:, :, :128].contiguous() for name in ("slots_k", "slots_v")}
     options["slot_stamp"] = options["slot_stamp"][:, :128].contiguous()
     assert tensors["q"].numel() > 2**31

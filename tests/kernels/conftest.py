@@ -23,4 +23,5 @@ def backend(request, monkeypatch):
         monkeypatch.setattr(dense_triton, "CHANNELS", 4)
         for module in (time_tiles, dense_triton):
             monkeypatch.setattr(module, "STEPS", 16)
+        monkeypatch.setattr(dense_triton, "STEPS_MEASURED", 8)
     return request.param
