@@ -35,8 +35,10 @@ comm: $(READY)
 pretrain: $(READY) comm $(DATA)/manifest.json ## A short real pretraining run; interrupted, the same command goes on
 	$(BIN)/python launch/local.py launch/pretrain.py --config launch/configs/quickstart.yaml --resume auto
 
+# The tests of a file stay with one worker: what they share is made once, and runs of two ranks, which wait for each other
+# busily, come one after another. tests/conftest.py says which file is the first.
 test: $(READY) ops ## The test suite (MARK=gpu for the tests that need a GPU)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 -m "$(MARK)"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder -m "$(MARK)"
 test: MARK ?= not gpu
 
 lint: $(READY) ## Style, formatting and types

@@ -1,4 +1,6 @@
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,8 +11,16 @@ if not torch.cuda.is_available():
 
 from tests.trainer.runs import prepare_dataset, write_config
 
+# As in the Makefile: another ninja than the one beside python would compile DeepSpeed's operators anew.
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+
 # before anything imports deepspeed: tests drive it on the CPU; those on GPUs start processes of their own
 os.environ["DS_ACCELERATOR"] = "cpu"
+
+
+def pytest_collection_modifyitems(items):
+    """The file that takes longest goes first, lest at the end one worker be busy with it and the others be idle."""
+    items.sort(key=lambda item: item.path.name != "test_training.py")
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
 """The definition of the lanes, as plain as it can be written: lists of token ids, and everything counted anew."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -64,7 +64,7 @@ class Source:
 @dataclass
 class Lane:
     source: Source | None = None
-    document: list[int] = None  # type: ignore[assignment]
+    document: list[int] = field(default_factory=list)
     offset: int = 0
     long_taken: int = 0
 
@@ -139,5 +139,9 @@ def plain_steps(
                     for place, (token, label, start) in enumerate(row)
                 ]
             )
-        yield tuple([[token[part] for token in row] for row in rows] for part in range(3))  # type: ignore[misc]
+        yield (
+            [[token for token, _, _ in row] for row in rows],
+            [[label for _, label, _ in row] for row in rows],
+            [[reset for _, _, reset in row] for row in rows],
+        )
         step += 1

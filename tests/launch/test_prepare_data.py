@@ -77,7 +77,7 @@ def test_hub_without_the_data_set_and_without_answer(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, running: bool
 ) -> None:
     monkeypatch.setattr("mmrec_train.preparation.hub._FIRST_WAIT", 0.01)
-    with fake_hub("acme/texts", {}) as endpoint:
+    with fake_hub({"acme/texts": {}}) as endpoint:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
         command = ["--source", "acme/other", "--train-tokenizer", "300", "--out", str(tmp_path / "out")]
         exit_code = main(command) if running else None

@@ -1,4 +1,4 @@
-"""A Hugging Face hub on localhost that serves one data set: as much of its interface as streaming uses."""
+"""A Hugging Face hub on localhost: as much of its interface as streaming uses."""
 
 import hashlib
 import json
@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
@@ -16,13 +17,15 @@ REVISION = "0123456789abcdef0123456789abcdef01234567"
 
 @contextmanager
 def fake_hub(
-    dataset: str, files: dict[str, bytes], trouble: Callable[[str], int | float | None] = lambda path: None
+    data_sets: dict[str, dict[str, bytes]], trouble: Callable[[str], int | float | None] = lambda path: None
 ) -> Iterator[str]:
-    """Serve `files` (by path) as the data set `dataset` (OWNER/NAME); yields the endpoint's address.
+    """Serve data sets, by name (OWNER/NAME) their files by path; yields the endpoint's address.
 
     `trouble` is asked before each answer to a path: a status (an integer) is answered in its place, after so many
     seconds (a float) the connection is cut off without an answer, None means no trouble.
     """
+
+    known = "|".join(map(re.escape, data_sets))
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -36,12 +39,12 @@ def fake_hub(
                 self.close_connection = True
             elif found is not None:
                 self._answer(found, b"", {})
-            elif path in (f"/api/datasets/{dataset}", f"/api/datasets/{dataset}/revision/{REVISION}"):
-                self._json(_repository(dataset, files))
-            elif match := re.fullmatch(f"/api/datasets/{dataset}/tree/{REVISION}(/.*)?", path):
-                self._json(_tree(files, (match[1] or "").strip("/")))
-            elif match := re.fullmatch(f"/datasets/{dataset}/resolve/{REVISION}/(.+)", path):
-                self._file(match[1])
+            elif match := re.fullmatch(rf"/api/datasets/({known})(/revision/{REVISION})?", path):
+                self._json(_repository(match[1], data_sets[match[1]]))
+            elif match := re.fullmatch(rf"/api/datasets/({known})/tree/{REVISION}(/.*)?", path):
+                self._json(_tree(data_sets[match[1]], (match[2] or "").strip("/")))
+            elif match := re.fullmatch(rf"/datasets/({known})/resolve/{REVISION}/(.+)", path):
+                self._file(data_sets[match[1]], match[2])
             else:
                 self._missing()
 
@@ -49,12 +52,13 @@ def fake_hub(
 
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"])).decode()
-            if self.path == f"/api/datasets/{dataset}/paths-info/{REVISION}":
+            if match := re.fullmatch(rf"/api/datasets/({known})/paths-info/{REVISION}", self.path):
+                files = data_sets[match[1]]
                 self._json([_entry(path, files[path]) for path in parse_qs(body)["paths"] if path in files])
             else:
                 self._missing()
 
-        def _file(self, path: str) -> None:
+        def _file(self, files: dict[str, bytes], path: str) -> None:
             if path not in files:
                 return self._missing()
             data, status, headers = (
@@ -72,7 +76,7 @@ def fake_hub(
             self._answer(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
         def _missing(self) -> None:
-            self._answer(404, b"", {"X-Error-Code": "EntryNotFound" if dataset in self.path else "RepoNotFound"})
+            self._answer(404, b"", {"X-Error-Code": "EntryNotFound" if re.search(known, self.path) else "RepoNotFound"})
 
         def _answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
             self.send_response(status)
@@ -97,10 +101,10 @@ def fake_hub(
 
 
 class _Server(ThreadingHTTPServer):
-    def handle_error(self, request: object, client_address: object) -> None:
+    def handle_error(self, request: Any, client_address: Any) -> None:
         """Silent about clients that go away: some are killed."""
         if not isinstance(sys.exc_info()[1], ConnectionError):
-            super().handle_error(request, client_address)  # type: ignore[arg-type]
+            super().handle_error(request, client_address)
 
 
 def _blob_id(data: bytes) -> str:

@@ -6,11 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
 from mmrec_train.data.manifest import read_manifest
 from mmrec_train.data.tokenizer import train_tokenizer
@@ -61,44 +63,42 @@ def prepare(commands: list[list[str]], endpoint: str, home: Path) -> "subprocess
     return run(["-c", program], endpoint, home)
 
 
-def usual(out: Path, *more: str) -> list[str]:
-    command = ["--source", "acme/texts", "--text-field", "body", "--train-tokenizer", "300", "--processes", "1"]
-    return [*command, "--validation-fraction", "0", "--out", str(out), *more]
+@dataclass(frozen=True)
+class Prepared:
+    """Of each command the exit code and, in a folder of its name, the data set; how often troubled paths were asked."""
+
+    folder: Path
+    codes: dict[str, int]
+    errors: str
+    asked: dict[str, int]
 
 
-def test_a_data_set_in_parquet(tmp_path: Path) -> None:
-    commands = [usual(tmp_path / "out"), usual(tmp_path / "bad", "--split", "nope")]
-    with fake_hub("acme/texts", FILES) as endpoint:
-        done = prepare(commands, endpoint, tmp_path / "home")
-    assert done.stdout.splitlines()[-1] == f"{EXIT_OK} {EXIT_USER_ERROR}", done.stderr
-    assert stored_texts(tmp_path / "out") == ROWS
-    assert read_manifest(tmp_path / "out").sources["main"].provenance == {
-        "kind": "hub",
-        "dataset": "acme/texts",
-        "name": None,
-        "split": "train",
-        "revision": REVISION,
-        "text_field": "body",
-    }
-    assert "Bad split: nope. Available splits: ['train', 'test']" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["home", "out"]
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    """Data sets that one process prepared one after another: its imports take seconds.
 
-
-def test_a_data_set_in_compressed_lines_with_a_template(tmp_path: Path) -> None:
+    The hub has trouble with one of the data sets: with the question which commit is the latest, and with each file. It
+    gives no answer first, then an error.
+    """
+    folder = tmp_path_factory.mktemp("hub")
     lines = "".join(json.dumps({"body": text, "meta": {"n": n}, "other": [n]}) + "\n" for n, text in enumerate(ROWS))
-    command = usual(tmp_path / "out")
-    command[2:4] = ["--template", "{meta.n}: {body}"]
-    with fake_hub("acme/texts", {"train.jsonl.gz": gzip.compress(lines.encode())}) as endpoint:
-        done = prepare([command], endpoint, tmp_path / "home")
-    assert done.stdout.splitlines()[-1] == f"{EXIT_OK}", done.stderr
-    assert stored_texts(tmp_path / "out") == [f"{number}: {text}" for number, text in enumerate(ROWS)]
+    data_sets = {
+        "acme/parquet": FILES,
+        "acme/lines": {"train.jsonl.gz": gzip.compress(lines.encode())},
+        "acme/troubled": FILES,
+    }
+    body = ["--text-field", "body"]
+    options = {
+        "parquet": ["--source", "acme/parquet", *body],
+        "no_split": ["--source", "acme/parquet", *body, "--split", "nope"],
+        "lines": ["--source", "acme/lines", "--template", "{meta.n}: {body}"],
+        "troubled": ["--source", "acme/troubled", *body],
+    }
+    usual = ["--train-tokenizer", "300", "--processes", "1", "--validation-fraction", "0"]
+    commands = [[*command, *usual, "--out", str(folder / name)] for name, command in options.items()]
 
-
-def test_a_hub_that_times_out_and_fails_and_then_answers(tmp_path: Path) -> None:
-    """The question which commit is the latest, and each file: first no answer, then an error."""
-    troubled = ["/api/datasets/acme/texts", *(f"/datasets/acme/texts/resolve/{REVISION}/{file}" for file in FILES)]
-    asked = dict.fromkeys(troubled, 0)
+    files = [f"/datasets/acme/troubled/resolve/{REVISION}/{file}" for file in FILES]
+    asked = dict.fromkeys(["/api/datasets/acme/troubled", *files], 0)
 
     def trouble(path: str) -> int | float | None:
         if path not in asked:
@@ -106,11 +106,42 @@ def test_a_hub_that_times_out_and_fails_and_then_answers(tmp_path: Path) -> None
         asked[path] += 1
         return {1: 1.3, 2: 503}.get(asked[path])
 
-    with fake_hub("acme/texts", FILES, trouble) as endpoint:
-        done = prepare([usual(tmp_path / "out")], endpoint, tmp_path / "home")
-    assert done.stdout.splitlines()[-1] == f"{EXIT_OK}", done.stderr
-    assert stored_texts(tmp_path / "out") == ROWS
-    assert all(count >= 3 for path, count in asked.items() if "test-" not in path)
+    with fake_hub(data_sets, trouble) as endpoint:
+        done = prepare(commands, endpoint, folder / "home")
+    assert done.returncode == 0, done.stderr
+    codes = map(int, done.stdout.splitlines()[-1].split())
+    return Prepared(folder, dict(zip(options, codes, strict=True)), done.stderr, asked)
+
+
+def test_a_data_set_in_parquet(prepared: Prepared) -> None:
+    assert prepared.codes["parquet"] == EXIT_OK, prepared.errors
+    assert stored_texts(prepared.folder / "parquet") == ROWS
+    assert read_manifest(prepared.folder / "parquet").sources["main"].provenance == {
+        "kind": "hub",
+        "dataset": "acme/parquet",
+        "name": None,
+        "split": "train",
+        "revision": REVISION,
+        "text_field": "body",
+    }
+
+
+def test_a_split_that_there_is_not(prepared: Prepared) -> None:
+    assert prepared.codes["no_split"] == EXIT_USER_ERROR, prepared.errors
+    assert "Bad split: nope. Available splits: ['train', 'test']" in prepared.errors
+    assert "Traceback" not in prepared.errors
+    assert sorted(path.name for path in prepared.folder.iterdir()) == ["home", "lines", "parquet", "troubled"]
+
+
+def test_a_data_set_in_compressed_lines_with_a_template(prepared: Prepared) -> None:
+    assert prepared.codes["lines"] == EXIT_OK, prepared.errors
+    assert stored_texts(prepared.folder / "lines") == [f"{number}: {text}" for number, text in enumerate(ROWS)]
+
+
+def test_a_hub_that_times_out_and_fails_and_then_answers(prepared: Prepared) -> None:
+    assert prepared.codes["troubled"] == EXIT_OK, prepared.errors
+    assert stored_texts(prepared.folder / "troubled") == ROWS
+    assert all(count >= 3 for path, count in prepared.asked.items() if "test-" not in path)
 
 
 def test_killed_in_the_middle_of_the_stream(tmp_path: Path) -> None:
@@ -120,7 +151,7 @@ def test_killed_in_the_middle_of_the_stream(tmp_path: Path) -> None:
     value: dict[str, Any] = {"recipe": recipe_of({"main": source}).model_dump(mode="json"), "settings": settings}
     (tmp_path / "request.json").write_text(json.dumps({**value, "tokenizer": str(tmp_path / "tokenizer")}))
     command = ["-m", "tests.preparation.killing", "random", str(tmp_path), "3", "5", "1.2"]
-    with fake_hub("acme/texts", FILES) as endpoint:
+    with fake_hub({"acme/texts": FILES}) as endpoint:
         done = run(command, endpoint, tmp_path / "home")
     assert done.returncode == 0, done.stderr
     print(done.stderr)

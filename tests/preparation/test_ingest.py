@@ -72,7 +72,9 @@ def test_a_given_tokenizer_is_kept(tmp_path: Path) -> None:
     assert again.tokenizer_fingerprint == manifest.tokenizer_fingerprint
 
 
-def test_the_tokenizer_never_sees_validation_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The texts that the tokenizer is trained on."""
     seen: list[str] = []
 
     def spy(texts: Iterator[str], vocab_size: int) -> object:
@@ -80,20 +82,21 @@ def test_the_tokenizer_never_sees_validation_text(tmp_path: Path, monkeypatch: p
         return train_tokenizer(seen, vocab_size)
 
     monkeypatch.setattr(ingest, "train_tokenizer", spy)
+    return seen
+
+
+def test_the_tokenizer_never_sees_validation_text(
+    tmp_path: Path, seen: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(ingest, "TOKENIZER_SAMPLE_BYTES", 3000)
     prepare_texts(tmp_path / "out", TEXTS, validation_fraction=0.2)
     assert seen == stored_texts(tmp_path / "out")[: len(seen)]
     assert 3000 <= sum(map(len, seen)) < 3200
 
 
-def test_the_tokenizer_is_trained_on_sources_by_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[str] = []
-
-    def spy(texts: Iterator[str], vocab_size: int) -> object:
-        seen.extend(texts)
-        return train_tokenizer(seen, vocab_size)
-
-    monkeypatch.setattr(ingest, "train_tokenizer", spy)
+def test_the_tokenizer_is_trained_on_sources_by_weight(
+    tmp_path: Path, seen: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(ingest, "TOKENIZER_SAMPLE_BYTES", 4000)
     sources = {}
     for name, weight in (("a", 3.0), ("b", 1.0)):

@@ -26,13 +26,19 @@ class Result:
         return messages[0]
 
 
+def be_the_only_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a launcher of one rank would put into the environment."""
+    rank = dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
+    for name, value in rank.items():
+        monkeypatch.setenv(name, str(value))
+
+
 class Command:
     """The command with a configuration file; to be called with `--set` overrides and other options."""
 
     def __init__(self, config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
         self._config, self._capsys, self._monkeypatch = config, capsys, monkeypatch
-        for name, value in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, MASTER_ADDR="127.0.0.1").items():
-            monkeypatch.setenv(name, str(value))
+        be_the_only_rank(monkeypatch)
 
     def __call__(self, *overrides: str, options: tuple[str, ...] = (), port: int | None = None) -> Result:
         self._monkeypatch.setenv("MASTER_PORT", str(port or free_port()))

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -20,19 +21,23 @@ def free_port():
 
 def start(config, overrides=(), *, world_size=2, resume="auto", port=None):
     """Starts the ranks; returns their processes."""
+    command = [str(REPOSITORY / "launch/pretrain.py"), "--config", str(config), "--resume", resume]
+    if overrides:
+        command += ["--set", *overrides]
+    return _start(command, world_size, port or free_port())
+
+
+def _start(command, world_size, port):
     environment = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"} | {
         "WORLD_SIZE": str(world_size),
         "LOCAL_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port or free_port()),
+        "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
     }
-    command = [sys.executable, str(REPOSITORY / "launch/pretrain.py"), "--config", str(config), "--resume", resume]
-    if overrides:
-        command += ["--set", *overrides]
     return [
         subprocess.Popen(
-            command,
+            [sys.executable, *command],
             env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -46,21 +51,35 @@ def start(config, overrides=(), *, world_size=2, resume="auto", port=None):
 def finish(processes, timeout=280):
     """Waits; returns exit codes and outputs of the ranks. One that fails takes the others down, as launchers do."""
     deadline = time.monotonic() + timeout
-    while any(p.poll() is None for p in processes):
-        failed = [p for p in processes if p.poll() not in (None, 0, 75)]
-        if failed or time.monotonic() > deadline:
-            time.sleep(2)
-            for p in processes:
+    with ThreadPoolExecutor(len(processes)) as pool:
+        outputs = [pool.submit(p.communicate) for p in processes]  # a pipe that nobody reads stops them when it is full
+        try:
+            while any(p.poll() is None for p in processes):
+                failed = [p for p in processes if p.poll() not in (None, 0, 75)]
+                if failed or time.monotonic() > deadline:
+                    time.sleep(2)
+                    break
+                time.sleep(0.05)
+        finally:
+            for p in processes:  # those that are left, also when the test's own time is over
                 p.kill()
-        time.sleep(0.05)
-    outputs = [p.communicate()[0] for p in processes]
-    return [p.returncode for p in processes], outputs
+    return [p.returncode for p in processes], [output.result()[0] for output in outputs]
 
 
 def run(config, overrides=(), *, world_size=2, resume="auto", port=None):
     """Runs to the end and expects success; returns rank 0's output."""
-    codes, outputs = finish(start(config, overrides, world_size=world_size, resume=resume, port=port))
-    assert codes == [0] * world_size, "\n".join(outputs)
+    return _expect_success(start(config, overrides, world_size=world_size, resume=resume, port=port))
+
+
+def run_in_turn(config, runs, *, world_size=2):
+    """As `run` for each of the overrides, in the same processes."""
+    arguments = [str(config), json.dumps([(free_port(), overrides) for overrides in runs])]
+    _expect_success(_start(["-m", "tests.trainer.in_turn", *arguments], world_size, 0))
+
+
+def _expect_success(processes):
+    codes, outputs = finish(processes)
+    assert codes == [0] * len(processes), "\n".join(outputs)
     return outputs[0]
 
 

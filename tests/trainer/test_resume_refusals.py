@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from launch.pretrain import main
 from mmrec_train import checkpoint_files
 from mmrec_train.data.checksums import file_checksum
 from mmrec_train.data.tokenizer import fingerprint
 from tests.trainer import ranks
-from tests.trainer.command import Command, Result, content
+from tests.trainer.command import Command, Result, be_the_only_rank, content
 from tests.trainer.runs import write_config
 
 # Two steps with a checkpoint after each: seconds for the whole module.
@@ -29,7 +30,9 @@ SHORT = [
 def finished(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> Path:
     """A run folder with the checkpoints of steps 1 and 2, made by a run of one rank. Not to be changed."""
     folder = tmp_path_factory.mktemp("finished")
-    ranks.run(write_config(folder, dataset), SHORT, world_size=1)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        be_the_only_rank(monkeypatch)
+        assert main(["--config", str(write_config(folder, dataset)), "--set", *SHORT]) == 0
     return folder / "run"
 
 

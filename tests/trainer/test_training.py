@@ -11,47 +11,58 @@ from tests.trainer.runs import write_config
 # DeepSpeed swaps only what has at least a MiB, so this takes a larger model; fewer steps make up for it
 SWAPPED = ["model.hidden_dim=384", "optimizer.learning_rate=2e-3", "train.steps=10"]
 STRATEGIES = ["zero0", "zero1", "zero2", "zero3", "zero3_offload_cpu", "zero3_offload_nvme"]
+RESUMED = ["zero0", "zero3", "zero3_offload_cpu", "zero3_offload_nvme"]
+DROPOUT = "model.dropout=0.1"
 
 
-def overrides_of(strategy, tmp_path):
+def overrides_of(strategy, folder):
     overrides = [f"deepspeed.config=ds_configs/{strategy}.json"]
     if strategy.endswith("nvme"):
-        (tmp_path / "nvme").mkdir()
-        overrides += [f"deepspeed.nvme_path={tmp_path / 'nvme'}", *SWAPPED]
+        overrides += [f"deepspeed.nvme_path={folder / 'nvme'}", *SWAPPED]
     return overrides
 
 
 @pytest.fixture(scope="module")
-def plain_config(dataset, tmp_path_factory):
-    return write_config(tmp_path_factory.mktemp("plain"), dataset)
+def finished(dataset, tmp_path_factory):
+    """A folder with uninterrupted runs of all strategies, `plain/STRATEGY` and `dropout/STRATEGY`; their configuration.
+
+    The same two processes made all of them, and those of a strategy swapped to its `nvme`.
+    """
+    folder = tmp_path_factory.mktemp("finished")
+    runs = []
+    for kind, strategies, more in (("plain", STRATEGIES, []), ("dropout", RESUMED, [DROPOUT])):
+        for strategy in strategies:
+            run_dir = folder / kind / strategy
+            (run_dir / "nvme").mkdir(parents=True)
+            runs.append([*overrides_of(strategy, run_dir), *more, f"run_dir={run_dir}"])
+    config = write_config(folder, dataset)
+    ranks.run_in_turn(config, runs)
+    return folder, config
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_every_strategy_gives_the_loss_curve_of_a_plain_loop(strategy, config_file, plain_config, tmp_path):
-    overrides = overrides_of(strategy, tmp_path)
-    expected = plain_losses(plain_config, tuple(SWAPPED) if strategy.endswith("nvme") else ())
+def test_every_strategy_gives_the_loss_curve_of_a_plain_loop(strategy, finished):
+    folder, config = finished
+    run_dir = folder / "plain" / strategy
+    expected = plain_losses(config, tuple(SWAPPED) if strategy.endswith("nvme") else ())
     assert min(expected) < expected[0] - 0.5  # it learns: the curve is worth comparing
-    ranks.run(config_file, overrides)
-    records = ranks.training_records(tmp_path / "run")
+    records = ranks.training_records(run_dir)
     assert [r["step"] for r in records] == list(range(1, len(expected) + 1))
     for record, loss in zip(records, expected, strict=True):
         assert record["loss"] == pytest.approx(loss, rel=1e-4), record["step"]
     for component, limit in LIMITS.items():
         assert any(r[f"grad_norm_{component}"] > limit for r in records)  # clipping was at work
     if strategy.endswith("nvme"):
-        assert list((tmp_path / "nvme").rglob("params/**/*.swp")) or list(
-            (tmp_path / "nvme").rglob("*params*/**/*.swp")
-        )
-        assert list((tmp_path / "nvme").rglob("exp_avg-*.swp"))
+        nvme = run_dir / "nvme"
+        assert list(nvme.rglob("params/**/*.swp")) or list(nvme.rglob("*params*/**/*.swp"))
+        assert list(nvme.rglob("exp_avg-*.swp"))
 
 
-@pytest.mark.parametrize("strategy", ["zero0", "zero3", "zero3_offload_cpu", "zero3_offload_nvme"])
-def test_a_run_stopped_and_resumed_equals_the_uninterrupted_one_to_the_bit(strategy, config_file, tmp_path):
-    overrides = [*overrides_of(strategy, tmp_path), "model.dropout=0.1"]
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    ranks.run(config_file, [*overrides, f"run_dir={whole}"])
-
-    overrides.append(f"run_dir={parts}")
+@pytest.mark.parametrize("strategy", RESUMED)
+def test_a_run_stopped_and_resumed_equals_the_uninterrupted_one_to_the_bit(strategy, finished, config_file, tmp_path):
+    whole, parts = finished[0] / "dropout" / strategy, tmp_path / "parts"
+    (tmp_path / "nvme").mkdir()
+    overrides = [*overrides_of(strategy, tmp_path), DROPOUT, f"run_dir={parts}"]
     processes = ranks.start(config_file, overrides)
     ranks.stop_after(processes, parts, step=4)
     codes, outputs = ranks.finish(processes)

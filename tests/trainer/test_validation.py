@@ -96,7 +96,8 @@ def test_two_ranks_that_share_every_weight(config_file: Path, data: Path, tmp_pa
 def test_training_does_not_notice(pretrain: Callable[..., Result], tmp_path: Path) -> None:
     runs = tmp_path / "with", tmp_path / "without"
     for run_dir, every in zip(runs, (1, 0), strict=True):
-        assert pretrain(f"run_dir={run_dir}", f"train.validate_every={every}", "train.steps=4").code == 0
+        settings = [f"train.validate_every={every}", "train.validation_tokens=200", "train.steps=4"]
+        assert pretrain(f"run_dir={run_dir}", *settings).code == 0
     assert len(validations(runs[0])) == 5
     curves = [[record["loss"] for record in ranks.training_records(run_dir)] for run_dir in runs]
     assert curves[0] == curves[1]
