@@ -288,6 +288,9 @@ def main() -> None:
         except CheckFailed as failure:
             failures.append(f"{failure}; not timed")
             say(failures[-1])
+        except KeyboardInterrupt:
+            failures.append(f"{name}: interrupted, and what comes after it was not begun")
+            break
         except Exception as error:  # what the other operations gave is printed all the same
             traceback.print_exc()
             failures.append(f"{name}: {type(error).__name__}: {error}")

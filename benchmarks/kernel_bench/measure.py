@@ -15,7 +15,7 @@ from kernel_bench.problems import Case
 from mmrec_kernels import backend
 
 FLOOR = 1e-6  # outputs in fp32 of bf16 problems: no closer than the fp32 limit is asked for
-TOLERATED = 0.2  # both paths end within the tolerance, but not after the same iteration
+TOLERATED = 0.5  # both paths end within the tolerance, but not after the same iteration
 CLEARED_BYTES = 256 * 2**20
 HEADER = ("operation", "pass", "ms", "spread", "host ms", "target", "verdict", "remark")
 

@@ -22,24 +22,26 @@ INFINITY_BITS = tl.constexpr(0x7F800000)  # of fp32
 LEAST_WEIGHT = tl.constexpr(MIN_IMPORTANCE)
 
 
+@triton.constexpr_function
+def _largest_number(dtype):
+    return {tl.float16: 65504.0, tl.float8e5: 57344.0, tl.float8e4nv: 448.0}[dtype]
+
+
 @triton.jit
-def _added(source, product, unscale, offset, step, inside, keep, has_earlier, ADJOINT: tl.constexpr):
-    """What each token of a tile adds to the state: z σ(a), or g of the token before plus y."""
-    value = tl.zeros(offset.shape, tl.float32)
-    if product is not None:
-        value = tl.load(product + offset, inside, other=0.0).to(tl.float32) * unscale
+def _added(source, product, offset, step, inside, keep, has_earlier, ADJOINT: tl.constexpr):
+    """What each token of a tile adds to the state, of the product [rows, channels]: z σ(a), or g of before plus y."""
     if ADJOINT:
-        return tl.load(source + offset - step, inside & has_earlier, other=0.0).to(tl.float32) + value * keep
+        return tl.load(source + offset - step, inside & has_earlier, other=0.0).to(tl.float32) + product * keep
     else:
-        return tl.load(source + offset, inside, other=0.0).to(tl.float32) * tl.sigmoid(value)
+        return tl.load(source + offset, inside, other=0.0).to(tl.float32) * tl.sigmoid(product)
 
 
 @triton.jit
 def _step_tile(
-    gamma, source, product, old_product, largest, largest_weight, factor, reset, initial, operand, value, final,
-    change, size, words, change_words, ticket, batch, length, shift,
-    D: tl.constexpr, ADJOINT: tl.constexpr, WHOLE: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr,
-    GROUP: tl.constexpr,
+    gamma, source, product, old_product, largest, largest_weight, factor, reset, initial, operand, subtracted, value,
+    final, change, size, words, change_words, ticket, batch, length, shift,
+    D: tl.constexpr, ADJOINT: tl.constexpr, INCREMENT: tl.constexpr, WHOLE: tl.constexpr, BLOCK_D: tl.constexpr,
+    STEPS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """One tile [STEPS, BLOCK_D] of one iteration; see `step_kernel`. The rows are in the order of the scan."""
     chunk, b, channel, mask = tile_of_ticket(ticket, batch, D, BLOCK_D)
@@ -60,16 +62,24 @@ def _step_tile(
     scale = 1.0
     if largest is not None:
         scale = power_of_two(tl.load(largest + b), HEADROOM)
-    unscale = 1.0 / scale
+    factor_w = 1.0
     if largest_weight is not None:
-        unscale /= power_of_two(tl.load(largest_weight), HEADROOM_8_BIT)
+        factor_w = power_of_two(tl.load(largest_weight), HEADROOM_8_BIT)
 
     decays = tl.load(gamma + offset, inside, other=1.0).to(tl.float32) * keep
-    x = _added(source, product, unscale, offset, D, inside, keep, has_earlier, ADJOINT)
+    a = tl.zeros((STEPS, BLOCK_D), tl.float32)
+    if product is not None:
+        a = tl.load(product + offset, inside, other=0.0).to(tl.float32) / (scale * factor_w)
+    if old_product is not None:
+        old_a = tl.load(old_product + offset, inside, other=0.0).to(tl.float32) / scale
+        if INCREMENT:
+            a += old_a
+            tl.store(old_product + offset, a * scale, inside)
+    x = _added(source, a, offset, D, inside, keep, has_earlier, ADJOINT)
     decay, state = summarize_tile(decays, x)
     publish_tile(words, states, chunk, index, mask, decay, state)
     if old_product is not None:
-        moved = x - _added(source, old_product, unscale, offset, D, inside, keep, has_earlier, ADJOINT)
+        moved = x - _added(source, old_a, offset, D, inside, keep, has_earlier, ADJOINT)
         decay, delta = summarize_tile(decays, moved)
         publish_tile(change_words, states, chunk, index, mask, decay, delta)
     start = tl.load(initial + index, mask, other=0.0)
@@ -82,10 +92,12 @@ def _step_tile(
     u = before * f
     if largest is not None:
         u *= scale
-        limit: tl.constexpr = 65504.0 if operand.dtype.element_ty == tl.float16 else 448.0
         # what fp16 cannot hold must not pass for converged
         if tl.max(tl.max(tl.where(inside, tl.abs(u), 0.0), 0)) > 65504.0:
             tl.atomic_max(change + b, INFINITY_BITS, sem="relaxed")
+        if subtracted is not None:
+            u -= tl.load(subtracted + offset, inside, other=0.0).to(tl.float32)
+        limit: tl.constexpr = _largest_number(operand.dtype.element_ty)
         u = tl.clamp(u, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
     tl.store(operand + offset, u.to(operand.dtype.element_ty), inside)
     if old_product is not None:
@@ -97,36 +109,37 @@ def _step_tile(
         moved_before, moved_after = scan_tile(decays, moved, start)
         if ADJOINT:  # measured in (1 − γ) λ
             weight = tl.maximum(1.0 - decays, LEAST_WEIGHT)
-            largest_change, largest = tl.abs(moved_before) * weight, tl.abs(before) * weight
+            movement, state = tl.abs(moved_before) * weight, tl.abs(before) * weight
         else:
-            largest_change, largest = tl.abs(moved_after), tl.abs(after)
+            movement, state = tl.abs(moved_after), tl.abs(after)
         # numbers that are not negative are ordered like their bits
-        most = tl.max(tl.max(tl.where(inside, largest_change, 0.0), 0))
+        most = tl.max(tl.max(tl.where(inside, movement, 0.0), 0))
         tl.atomic_max(change + b, most.to(tl.int32, bitcast=True), sem="relaxed")
-        most = tl.max(tl.max(tl.where(inside, largest, 0.0), 0))
+        most = tl.max(tl.max(tl.where(inside, state, 0.0), 0))
         tl.atomic_max(size + b, most.to(tl.int32, bitcast=True), sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["batch", "length", "shift"])
 def step_kernel(
-    gamma, source, product, old_product, largest, largest_weight, factor, reset, initial, operand, value, final,
-    change, size, words, change_words, batch, length, shift,
-    D: tl.constexpr, ADJOINT: tl.constexpr, WHOLE: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr,
-    GROUP: tl.constexpr,
+    gamma, source, product, old_product, largest, largest_weight, factor, reset, initial, operand, subtracted, value,
+    final, change, size, words, change_words, batch, length, shift,
+    D: tl.constexpr, ADJOINT: tl.constexpr, INCREMENT: tl.constexpr, WHOLE: tl.constexpr, BLOCK_D: tl.constexpr,
+    STEPS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """One iteration: scans with the gates of a product, and writes the operand of the next product.
 
     gamma, source (z, or the gradient of h), product, old_product, factor (s of the adjoint), operand and value are
     [batch, length, D]; reset [batch, length]; initial and final [batch, D] fp32; change and size [batch] int32, the
     bits of fp32 numbers. Without a product the gate is neutral (y is zero). With an old one the iteration is measured,
-    and value and final are written. largest [batch], largest_weight [1]: what operands, and the weight of this
+    and value and final are written; with INCREMENT the product is added to it, there. subtracted: an operand relative
+    to which this one is written. largest [batch], largest_weight [1]: what operands, and the weight of this
     product, are scaled by (`operands_triton`); None for 1. shift: zero, see `register_tiles`. WHOLE: tiles fill length
     and D. A program takes one tile, which stays in its registers.
     """
     _step_tile(
-        gamma, source, product, old_product, largest, largest_weight, factor, reset, initial, operand, value, final,
-        change, size, words + 4, change_words + 4, take_ticket(words), batch, length, shift,
-        D, ADJOINT, WHOLE, BLOCK_D, STEPS, GROUP,
+        gamma, source, product, old_product, largest, largest_weight, factor, reset, initial, operand, subtracted,
+        value, final, change, size, words + 4, change_words + 4, take_ticket(words), batch, length, shift,
+        D, ADJOINT, INCREMENT, WHOLE, BLOCK_D, STEPS, GROUP,
     )  # fmt: skip
 
 
@@ -216,9 +229,9 @@ def refine_kernel(
         meetings = _meet(meeting, meetings)
         for tile in range(program, tiles, programs):
             _step_tile(
-                gamma, source, new, old, largest, None, factor, reset, initial, operand, value, final,
+                gamma, source, new, old, largest, None, factor, reset, initial, operand, None, value, final,
                 changes + iteration * batch, sizes + iteration * batch, words + 4, change_words + 4,
-                tile, batch, length, shift, D, ADJOINT, WHOLE, BLOCK_D, STEPS, GROUP,
+                tile, batch, length, shift, D, ADJOINT, False, WHOLE, BLOCK_D, STEPS, GROUP,
             )  # fmt: skip
         meetings = _meet(meeting, meetings)
         for start in range(program * 1024, word_count, programs * 1024):
@@ -245,13 +258,13 @@ def _before_token(initial, value, states, row, at, inside, b, t, begin, D: tl.co
 @triton.jit(do_not_specialize=["batch", "length"])
 def finish_kernel(
     gamma, source, weight, factor, reset, initial, value, final, changes, sizes, iterations, states, meeting,
-    batch, length, low, tolerance, N_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr, D: tl.constexpr, HEAD: tl.constexpr,
-    ADJOINT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    batch, length, inexact, tolerance, N_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr, D: tl.constexpr,
+    HEAD: tl.constexpr, ADJOINT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The rows that have not converged, token by token.
 
-    After n iterations the first n tokens are exact, not counting the `low` iterations with 8-bit operands; none of them
-    if an operand was too large (the change is infinite then).
+    After n iterations the first n tokens are exact, not counting the `inexact` iterations with 8-bit operands; none
+    of them if an operand was too large (the change is infinite then).
 
     states: [2, D] fp32, the state before an even and an odd token.
     """
@@ -264,7 +277,7 @@ def finish_kernel(
     for b in range(batch):
         if not _converged(changes + done * batch, sizes + done * batch, b, tolerance):
             overflow = tl.load(changes + done * batch + b) == INFINITY_BITS
-            begin = tl.where(overflow, 0, tl.maximum(done - low, 0))
+            begin = tl.where(overflow, 0, tl.maximum(done - inexact, 0))
             t = begin
             while t < length:
                 token = length - 1 - t if ADJOINT else t

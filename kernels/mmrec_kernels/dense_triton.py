@@ -4,8 +4,8 @@ The kernels are in `dense_kernels_triton`. Per direction
 
 1. a guess: the scan with the gate at its neutral value;
 2. `planned` iterations, each a cuBLAS product and one launch of `step_kernel`, which computes the gates, scans, and
-   writes the operand of the next product. The first of them may have 8-bit operands: they only improve the guess.
-   The last one measures the change, between its product and the one before;
+   writes the operand of the next product. Most may have 8-bit operands (`_Operands`). The last one measures the
+   change, between its product and the one before;
 3. `refine_kernel`: more iterations until every row has converged. One launch whose programs meet at barriers; it
    returns at once if there is nothing left to do;
 4. `finish_kernel`: the rows that have not converged after `max_iterations`, token by token, in the same manner.
@@ -28,7 +28,7 @@ from mmrec_kernels.solver import SolverSettings
 from mmrec_kernels.time_tiles import GROUP, handoff_words, on_device
 
 PLANNED = {torch.float32: 8}  # iterations before the change is looked at, by the dtype of W; else 5
-PLANNED_8_BIT = 2  # how many of them have 8-bit operands
+FULL = 2  # how many of the planned products have 16-bit operands where others have 8 bits
 WIDTH_8_BIT = 2048  # from this width on: below, a product costs less than rounding its operands
 CHANNELS = 32  # of a tile, per warp
 STEPS = 64  # tokens of a tile
@@ -77,24 +77,27 @@ class _Operands:
     """Operands of the products, and the products.
 
     With W in 16 bit, operands are scaled, by row, by the power of two that brings the recurrence's largest input near
-    `HEADROOM`, and are fp16, or e4m3 for the first `low` products. Scales stay on the device. fp32 operands are taken
-    as they are.
+    2^HEADROOM; scales stay on the device. fp32 operands are taken as they are.
+
+    Wide layers have products of 8-bit operands, which take half the time, in all but `FULL` of the planned iterations:
+    the first ones (e4m3) only improve the guess, and the last adds to the product before it that of what has changed
+    since (e5m2), of which 8 bits say enough.
     """
 
     def __init__(self, problem: _Problem, planned: int, limit: int):
         source, matrix = problem.source, problem.matrix
         device = source.device
         self.matrix = matrix
+        self.planned = planned
         self.largest: Tensor | None = None
-        self.low = 0
+        self.low = 0  # how many of the first products have 8-bit operands; if any, so has the last one
         if matrix.dtype != torch.float32:
             self.largest = torch.zeros(len(source), dtype=torch.int32, device=device)
             raise_largest(self.largest, source)
             raise_largest(self.largest, problem.initial)
             # as many iterations as tokens make all of them exact, but not with 8 bits
-            if planned > 2 and limit < source.shape[1] and _has_8_bit_products(problem):
-                self.low = min(PLANNED_8_BIT, planned - 2)
-            if self.low:
+            if planned > FULL + 1 and limit < source.shape[1] and _has_8_bit_products(problem):
+                self.low = planned - FULL - 1
                 self.largest_weight = torch.zeros(1, dtype=torch.int32, device=device)
                 raise_largest(self.largest_weight, problem.weight.unsqueeze(0))
                 half, self.low_matrix = converted_weight(problem.weight, self.largest_weight, problem.adjoint)
@@ -105,18 +108,37 @@ class _Operands:
             else:
                 self.matrix = matrix.to(torch.float16)
         self.operand = torch.empty(source.shape, dtype=self.matrix.dtype, device=device)
+        self.products = torch.empty(2, *source.shape, dtype=torch.float32, device=device)
 
-    def after(self, n: int) -> Tensor:
-        """Where iteration n writes its operand."""
-        return self.low_operand if n < self.low else self.operand
+    @property
+    def inexact(self) -> int:
+        """How many of the planned iterations have 8-bit operands."""
+        return self.low + 1 if self.low else 0
 
-    def product(self, n: int, out: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The product of iteration n ≥ 1, in `out` (fp32) or elsewhere, and what its matrix is scaled by (bits)."""
-        if n > self.low:
+    def increment(self, n: int) -> bool:
+        """Whether the product of iteration n is what has to be added to the one before."""
+        return self.low > 0 and n == self.planned
+
+    def after(self, n: int) -> tuple[Tensor, Tensor | None]:
+        """Where iteration n writes its operand, and what to subtract from it."""
+        if n < self.low:
+            return self.low_operand, None
+        if self.increment(n + 1):
+            return self.low_operand.view(torch.float8_e5m2), self.operand
+        return self.operand, None
+
+    def product(self, n: int) -> tuple[Tensor, Tensor | None]:
+        """The product of iteration n ≥ 1, and what its matrix is scaled by (bits)."""
+        if n > self.low and not self.increment(n):
+            # the last one is added to it there, and the iteration after that looks for it there
+            out = self.products[(self.planned if self.low else n) % 2]
             return _multiply(self.operand, self.matrix, out), None
-        flat, result = self.low_operand.flatten(0, 1), self.low_product
+        operand, result = self.low_operand, self.low_product
+        if n > self.low:
+            operand = operand.view(torch.float8_e5m2)
         torch._scaled_mm(
-            flat, self.low_matrix.T, self.one, self.one, out_dtype=result.dtype, out=result.flatten(0, 1)
+            operand.flatten(0, 1), self.low_matrix.T, self.one, self.one,
+            out_dtype=result.dtype, out=result.flatten(0, 1),
         )  # fmt: skip
         return result, self.largest_weight
 
@@ -137,7 +159,6 @@ def _solve(problem: _Problem, settings: SolverSettings) -> tuple[Tensor, Tensor]
     planned = min(PLANNED.get(problem.weight.dtype, 5), limit)
     operands = _Operands(problem, planned, limit)
 
-    products = torch.empty(2, batch, length, width, dtype=torch.float32, device=device)
     # bits of fp32; a row that nothing is known about has not converged
     changes = torch.zeros(limit + 1, batch, dtype=torch.int32, device=device)
     sizes = torch.zeros_like(changes)
@@ -156,15 +177,17 @@ def _solve(problem: _Problem, settings: SolverSettings) -> tuple[Tensor, Tensor]
     for n in range(planned + 1):
         old_product = product
         if n > 0:
-            product, largest_weight = operands.product(n, products[n % 2])
+            product, largest_weight = operands.product(n)
         if n == planned == 1:
-            old_product = products[0].zero_()  # the neutral gate of the guess
+            old_product = operands.products[0].zero_()  # the neutral gate of the guess
+        operand, subtracted = operands.after(n)
         measured = n == planned
         steps, block_d = STEPS_MEASURED if measured else STEPS, STEP_WARPS * CHANNELS
         step_kernel[(cdiv(length, steps) * batch * cdiv(width, block_d),)](
             **common, **tiling,
-            product=product, old_product=old_product if measured else None, largest=operands.largest,
-            largest_weight=largest_weight, operand=operands.after(n), change=changes[planned], size=sizes[planned],
+            product=product, old_product=old_product if measured else None, INCREMENT=operands.increment(n),
+            largest=operands.largest, largest_weight=largest_weight, operand=operand, subtracted=subtracted,
+            change=changes[planned], size=sizes[planned],
             words=measured_words[0] if measured else words[n], change_words=measured_words[1],
             STEPS=steps, BLOCK_D=block_d, num_warps=STEP_WARPS,
         )  # fmt: skip
@@ -183,7 +206,7 @@ def _solve(problem: _Problem, settings: SolverSettings) -> tuple[Tensor, Tensor]
     n_stride, k_stride = operands.matrix.stride()[1:]
     refine_kernel[(programs,)](
         **common, **tiling, **together,
-        matrix=operands.matrix, N_STRIDE=n_stride, K_STRIDE=k_stride, products=products,
+        matrix=operands.matrix, N_STRIDE=n_stride, K_STRIDE=k_stride, products=operands.products,
         largest=operands.largest, operand=operands.operand, words=words[0], change_words=words[1],
         word_count=words.shape[1], meeting=counters[0], planned=planned, max_iterations=limit,
         STEPS=STEPS, BLOCK_D=8 * CHANNELS, BLOCK_M=blocks[0], BLOCK_N=blocks[1], BLOCK_K=blocks[2], num_stages=3,
@@ -191,7 +214,7 @@ def _solve(problem: _Problem, settings: SolverSettings) -> tuple[Tensor, Tensor]
     n_stride, k_stride = problem.matrix.stride()[1:]
     finish_kernel[(programs,)](
         **common, **together,
-        weight=problem.weight, N_STRIDE=n_stride, K_STRIDE=k_stride, meeting=counters[1], low=operands.low,
+        weight=problem.weight, N_STRIDE=n_stride, K_STRIDE=k_stride, meeting=counters[1], inexact=operands.inexact,
         states=torch.empty(2, width, dtype=torch.float32, device=device), BLOCK_N=16, BLOCK_K=256,
     )  # fmt: skip
     last = iterations.long()
