@@ -23,6 +23,7 @@ import xxhash
 from pydantic import BaseModel, ConfigDict
 from typing_extensions import TypedDict
 
+from mmrec_train.disk import sync
 from mmrec_train.errors import UserError
 
 MANIFEST_NAME = "COMPLETE"
@@ -91,7 +92,7 @@ def hash_files(root: Path, relpaths: Iterable[str]) -> dict[str, FileEntry]:
     """
     paths = sorted(relpaths)
     with ThreadPoolExecutor() as pool:  # xxhash and read() release the interpreter lock
-        return dict(zip(paths, pool.map(lambda path: _flush_and_describe(root / path), paths), strict=True))
+        return dict(zip(paths, pool.map(lambda path: _sync_and_describe(root / path), paths), strict=True))
 
 
 def commit(tmp: Path, entries: Mapping[str, FileEntry], *, meta: dict[str, Any] | None = None) -> Path:
@@ -109,14 +110,14 @@ def commit(tmp: Path, entries: Mapping[str, FileEntry], *, meta: dict[str, Any] 
         file.flush()
         os.fsync(file.fileno())
     for folder in [tmp, *(path for path in tmp.rglob("*") if path.is_dir())]:
-        _flush(folder)
+        sync(folder)
 
     final = _final_path(tmp)
     _refuse_complete(final)
     if final.exists():
         _delete(final)
     tmp.rename(final)
-    _flush(final.parent)
+    sync(final.parent)
     return final
 
 
@@ -261,8 +262,8 @@ def _check_file(path: Path, entry: FileEntry, checksums: bool) -> str | None:
     return None
 
 
-def _flush_and_describe(path: Path) -> FileEntry:
-    _flush(path)
+def _sync_and_describe(path: Path) -> FileEntry:
+    sync(path)
     return FileEntry(size=path.stat().st_size, xxh3_128=_checksum(path))
 
 
@@ -271,19 +272,10 @@ def _checksum(path: Path) -> str:
         return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
-def _flush(path: Path) -> None:
-    """fsync of a file or a folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _delete(path: Path) -> None:
     """Removes a checkpoint, its manifest first: an interruption leaves a torn one, never a wrong one."""
     (path / MANIFEST_NAME).unlink(missing_ok=True)
-    _flush(path)
+    sync(path)
     shutil.rmtree(path)
 
 

@@ -17,12 +17,13 @@ from transformers import PreTrainedTokenizerBase
 from mmrec_train.config.yaml_file import by_dotted_key
 from mmrec_train.data.manifest import TOKENIZER_NAME, Dtype, Manifest, SourceInfo, Split, read_manifest, write_manifest
 from mmrec_train.data.tokenizer import fingerprint, pretrained_tokenizer, special_ids, train_tokenizer, vocab_size
+from mmrec_train.disk import sync
 from mmrec_train.errors import UserError
 from mmrec_train.preparation.filters import DUPLICATE, OUTCOMES, is_held_out
 from mmrec_train.preparation.journal import Journal, SourceState, open_journal
 from mmrec_train.preparation.partial import Partial, Refusal, holds_something, occupied
 from mmrec_train.preparation.recipe import Recipe
-from mmrec_train.preparation.shards import SHARD_BYTES, SplitWriter, split_info, sync_folder
+from mmrec_train.preparation.shards import SHARD_BYTES, SplitWriter, split_info
 from mmrec_train.preparation.sources import Position, Source, SourceUnavailable
 from mmrec_train.preparation.workers import Encoded, Vocabulary, WorkerDied, Workers, is_kept
 
@@ -191,8 +192,8 @@ class _Preparation:
             sources={name: self._source_info(name) for name in self._sources},
         )
         self._check_splits(manifest)
-        _sync_file(write_manifest(self._partial.data, manifest))
-        sync_folder(self._partial.data)
+        sync(write_manifest(self._partial.data, manifest))
+        sync(self._partial.data)
 
     def _stored_tokenizer(self) -> PreTrainedTokenizerBase:
         """Put the tokenizer into the data set, and load it from there: what tokenizes is what readers get."""
@@ -206,9 +207,9 @@ class _Preparation:
             shutil.rmtree(staged, ignore_errors=True)
             tokenizer.save_pretrained(staged)
             for file in staged.iterdir():
-                _sync_file(file)
+                sync(file)
             staged.rename(stored)
-            sync_folder(self._partial.data)
+            sync(self._partial.data)
         return pretrained_tokenizer(str(stored))
 
     def _sample(self) -> Iterator[str]:
@@ -366,8 +367,3 @@ class _Preparation:
                 f"with --validation-fraction {fraction} none of the {sum(documents.values())} documents falls into "
                 f"the {empty} split. Give more documents, or change the fraction (0 makes no validation split)."
             )
-
-
-def _sync_file(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from mmrec_train.disk import sync
 from mmrec_train.errors import UserError
-from mmrec_train.preparation.shards import sync_folder
 
 
 class Refusal(UserError):
@@ -31,7 +31,7 @@ class Partial:
     def publish(self) -> None:
         """Let the data set appear."""
         self.data.rename(self.out)
-        sync_folder(self.out.parent)
+        sync(self.out.parent)
 
     def discard(self) -> None:
         """Remove the folder, the journal last: as long as it is there, what it says can be finished."""

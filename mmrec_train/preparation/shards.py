@@ -3,12 +3,13 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, Literal, NamedTuple
 
 import numpy as np
 
 from mmrec_train.data.checksums import file_checksum
 from mmrec_train.data.manifest import Dtype, FileInfo, ShardInfo, SplitInfo
+from mmrec_train.disk import sync
 from mmrec_train.errors import UserError
 
 SHARD_BYTES = 256 << 20  # few files, yet each is quickly hashed and copied
@@ -44,8 +45,7 @@ class SplitWriter:
         self.shards = list(shards)
         self._dtype = np.dtype(dtype).newbyteorder("<")
         self._shard_tokens = max(1, shard_bytes // self._dtype.itemsize)
-        self._bin: BinaryIO | None = None
-        self._idx: BinaryIO | None = None
+        self._files: tuple[BinaryIO, BinaryIO] | None = None  # of the unfinished shard: tokens, ends of documents
         self._written = OpenShard(0, 0)
         if folder.exists():
             self._resume(unfinished)
@@ -67,15 +67,14 @@ class SplitWriter:
 
     def sync(self) -> OpenShard:
         """Bring all to the disk. Returns what the unfinished shard holds."""
-        if self._bin is not None and self._idx is not None:
-            _flush(self._bin)
-            _flush(self._idx)
+        for file in self._files or ():
+            _flush(file)
         return self._written
 
     def finish(self) -> None:
         """Finish the last shard."""
-        if self._bin is not None:
-            self._finish_shard()
+        if self._files is not None:
+            self._finish_shard(*self._files)
 
     def close(self) -> SplitInfo:
         """Finish the last shard; there must be a document."""
@@ -85,10 +84,9 @@ class SplitWriter:
     def _resume(self, unfinished: OpenShard | None) -> None:
         kept = {f"{shard.name}.{suffix}" for shard in self.shards for suffix in ("bin", "idx")}
         if unfinished is not None and unfinished.documents:
-            self._open("r+b")
-            assert self._bin is not None and self._idx is not None
-            _truncate(self._bin, unfinished.tokens * self._dtype.itemsize)
-            _truncate(self._idx, (unfinished.documents + 1) * 8)
+            self._files = tokens, ends = self._open("r+b")
+            _truncate(tokens, unfinished.tokens * self._dtype.itemsize)
+            _truncate(ends, (unfinished.documents + 1) * 8)
             self._written = unfinished
             kept |= {f"{self._name}.bin", f"{self._name}.idx"}
         for file in self.folder.iterdir():
@@ -102,28 +100,24 @@ class SplitWriter:
     def _name(self) -> str:
         return f"shard_{len(self.shards):05d}"
 
-    def _open(self, mode: str) -> None:
-        self._bin = self._path("bin").open(mode)  # type: ignore[assignment]
-        self._idx = self._path("idx").open(mode)  # type: ignore[assignment]
+    def _open(self, mode: Literal["xb", "r+b"]) -> tuple[BinaryIO, BinaryIO]:
+        return self._path("bin").open(mode), self._path("idx").open(mode)
 
     def _append(self, tokens: np.ndarray, ends: np.ndarray) -> None:
         """Documents that belong to the same shard; `ends` counts from the first of their tokens."""
-        if self._bin is None:
+        if self._files is None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._open("xb")
-            sync_folder(self.folder)
-            assert self._idx is not None
-            self._idx.write(bytes(8))
-        assert self._bin is not None and self._idx is not None
-        self._bin.write(np.ascontiguousarray(tokens, self._dtype).data)
-        self._idx.write((ends + self._written.tokens).astype("<i8").tobytes())
+            self._files = self._open("xb")
+            sync(self.folder)
+            self._files[1].write(bytes(8))
+        self._files[0].write(np.ascontiguousarray(tokens, self._dtype).data)
+        self._files[1].write((ends + self._written.tokens).astype("<i8").tobytes())
         self._written = OpenShard(self._written.documents + len(ends), self._written.tokens + int(ends[-1]))
         if self._written.tokens >= self._shard_tokens:
-            self._finish_shard()
+            self._finish_shard(*self._files)
 
-    def _finish_shard(self) -> None:
-        assert self._bin is not None and self._idx is not None
-        for file in (self._bin, self._idx):
+    def _finish_shard(self, *files: BinaryIO) -> None:
+        for file in files:
             _flush(file)  # a full disk shows here, not at the next power cut
             file.close()
         shard = ShardInfo(
@@ -134,7 +128,7 @@ class SplitWriter:
             idx=_file_info(self._path("idx")),
         )
         self.shards.append(shard)
-        self._bin, self._idx, self._written = None, None, OpenShard(0, 0)
+        self._files, self._written = None, OpenShard(0, 0)
 
 
 def split_info(shards: Sequence[ShardInfo]) -> SplitInfo:
@@ -143,15 +137,6 @@ def split_info(shards: Sequence[ShardInfo]) -> SplitInfo:
         tokens=sum(shard.tokens for shard in shards),
         shards=tuple(shards),
     )
-
-
-def sync_folder(folder: Path) -> None:
-    """Bring the names of a folder's files to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _flush(file: BinaryIO) -> None:

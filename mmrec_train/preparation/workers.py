@@ -160,9 +160,10 @@ class Workers(Generic[Label]):
             else:
                 label, job = under_way[0]
                 while job.result is None:
-                    busy = {worker.pipe: worker for worker in self._workers if worker.jobs}
-                    for pipe in wait(list(busy)):
-                        busy[pipe].receive()  # type: ignore[index]
+                    answered = wait([worker.pipe for worker in self._workers if worker.jobs])
+                    for worker in self._workers:
+                        if worker.pipe in answered:
+                            worker.receive()
                 under_way.popleft()
                 if isinstance(job.result, Exception):
                     raise job.result
