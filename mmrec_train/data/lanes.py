@@ -328,7 +328,9 @@ class LaneLoader:
     def _count(self, cursor: _Cursor, offset: int) -> None:
         """Move a cursor to `offset` and keep the books of its source."""
         read = offset - cursor.offset
-        due = min(cursor.length - offset, self.window)
+        due = cursor.length - offset
+        if due > self.window:
+            due = self.window
         added_due = due - cursor.due
         cursor.offset, cursor.due = offset, due
         index = cursor.source

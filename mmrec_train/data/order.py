@@ -67,6 +67,9 @@ class _Group:
 class SourceQueue:
     """The sequence of a source's documents. Its position is (epoch, group, documents taken from the two queues).
 
+    Attributes:
+        exhausted: Whether all epochs are over.
+
     Args:
         source: The documents.
         order: "shuffled", "by_length", or "stored" (as they lie in the shards).
@@ -105,10 +108,7 @@ class SourceQueue:
         self._epoch, self._number, *self._taken = position
         self._blocks: list[Iterator[Entry]] = [iter(()), iter(())]
         self._open: _Group | None = None
-
-    @property
-    def exhausted(self) -> bool:
-        return self._epoch == self._epochs
+        self.exhausted = self._epoch == self._epochs
 
     @property
     def long_share(self) -> float:
