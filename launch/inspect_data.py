@@ -117,6 +117,7 @@ def _show_data(options: argparse.Namespace, config: RunConfig | None, console: C
         for line in _losses(name, manifest.sources[name]):
             console.print(line, markup=False, soft_wrap=True)
     if options.verify:
+        load_tokenizer(folder.name, None if config is None else cache_settings(config))
         _verify(parts)
         console.print("all files are whole", markup=False)
     lengths = _count_lengths(parts)

@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -119,16 +120,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+_SECONDS_BETWEEN_LINES = 30.0  # of progress, where there is no terminal
+
+
 def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
     return number
 
 
 @contextmanager
 def _progress_bar() -> Iterator[Callable[["Progress"], None]]:
-    """Shows each stage as a bar on a terminal, with the rate, and the time left where the amount is known."""
+    """Shows each stage with the rate, and the time left where the amount is known: as a bar on a terminal, else as a
+    line now and then."""
     columns = [
         TextColumn("{task.description}"),
         BarColumn(),
@@ -139,20 +144,28 @@ def _progress_bar() -> Iterator[Callable[["Progress"], None]]:
     console = Console(stderr=True)
     with ProgressBar(*columns, console=console, disable=not console.is_terminal) as bar:
         tasks = {}
-        begun: dict[str, tuple[float, int]] = {}  # when a stage's first report came, and its tokens then
+        begun: dict[str, tuple[float, int, float]] = {}  # when a stage's first report came; tokens and part done then
+        written = time.monotonic()
 
         def show(progress: "Progress") -> None:
+            nonlocal written
             now = time.monotonic()
             if progress.stage not in tasks:
                 tasks[progress.stage] = bar.add_task(progress.stage, amount="")
-                begun[progress.stage] = now, progress.tokens
+                begun[progress.stage] = now, progress.tokens, progress.done or 0.0
+            since, tokens, done = begun[progress.stage]
             amount = f"{progress.documents:,} documents, {progress.text_bytes / 1e6:,.1f} MB"
             if progress.tokens:
-                since, tokens = begun[progress.stage]
                 rate = (progress.tokens - tokens) / (now - since) if now > since else 0
                 amount += f", {progress.tokens:,} tokens, {rate:,.0f} tokens/s"
             total = None if progress.done is None else 1.0
             bar.update(tasks[progress.stage], completed=progress.done or 0.0, total=total, amount=amount)
+            if not console.is_terminal and now - written >= _SECONDS_BETWEEN_LINES:
+                written = now
+                if progress.done is not None and progress.done > done:
+                    left = (now - since) * (1 - progress.done) / (progress.done - done)
+                    amount += f", {progress.done:.0%}, {timedelta(seconds=round(left))} left"
+                print(f"{progress.stage}: {amount}", file=sys.stderr, flush=True)
 
         yield show
 

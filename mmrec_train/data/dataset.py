@@ -77,7 +77,20 @@ class SourceDocuments:
             starts = self.starts(number)
             begin[chosen] = starts[local[chosen]]
             end[chosen] = starts[local[chosen] + 1]
+            # files are not read whole before a run: a damaged index shows here
+            if len(wrong := np.flatnonzero((begin[chosen] < 0) | (end[chosen] <= begin[chosen]))):
+                raise self._empty(number, int(local[chosen][wrong[0]]))
+            if end[chosen].max() > self.shards[number].tokens:
+                message = f"a document ends at {end[chosen].max()}, of {self.shards[number].tokens} tokens"
+                raise self._mistake(self._idxs[number], message)
         return Places(shard, begin, end - begin)
+
+    def lengths(self, shard: int, first: int, last: int) -> np.ndarray:
+        """[n] int64: tokens of the documents [first, last) of a shard; UserError where one has none."""
+        lengths = np.diff(self.starts(shard)[first : last + 1])
+        if len(empty := np.flatnonzero(lengths < 1)):
+            raise self._empty(shard, first + int(empty[0]))
+        return lengths
 
     def read(self, document: int) -> np.ndarray:
         """All tokens of one document: a read-only view, in the stored dtype."""
@@ -105,11 +118,11 @@ class SourceDocuments:
         index, starts, tokens = self._idxs[shard], self.starts(shard), self.tokens(shard)
         if starts[0] != 0 or starts[-1] != len(tokens):
             yield self._mistake(index, f"it goes from {starts[0]} to {starts[-1]}, not from 0 to {len(tokens)}")
-        for first in range(0, len(starts) - 1, _BLOCK):
-            empty = np.flatnonzero(np.diff(starts[first : first + _BLOCK + 1]) < 1)
-            if len(empty):
-                yield self._mistake(index, f"document {first + empty[0]} does not end after its start")
-                break
+        try:
+            for first in range(0, len(starts) - 1, _BLOCK):
+                self.lengths(shard, first, min(first + _BLOCK, len(starts) - 1))
+        except UserError as mistake:
+            yield mistake
         for first in range(0, len(tokens), _BLOCK):
             unknown = np.flatnonzero(tokens[first : first + _BLOCK] >= self._vocab_size)
             if len(unknown):
@@ -117,6 +130,9 @@ class SourceDocuments:
                 message = f"token {place} is {tokens[place]}, in a vocabulary of {self._vocab_size}"
                 yield self._mistake(self._bins[shard], message)
                 break
+
+    def _empty(self, shard: int, document: int) -> UserError:
+        return self._mistake(self._idxs[shard], f"document {document} does not end after its start")
 
     def _mistake(self, file: StoredFile, message: str) -> UserError:
         return UserError(

@@ -108,7 +108,8 @@ class SourceQueue:
         self._epoch, self._number, *self._taken = position
         self._blocks: list[Iterator[Entry]] = [iter(()), iter(())]
         self._open: _Group | None = None
-        self.exhausted = self._epoch == self._epochs
+        # >= since a run may go on with fewer epochs than it has read
+        self.exhausted = self._epochs is not None and self._epoch >= self._epochs
 
     @property
     def long_share(self) -> float:

@@ -70,9 +70,9 @@ def count_lengths(source: SourceDocuments, on_progress: Callable[[int], None] = 
     """The lengths of all documents of a source. `on_progress` is called with each number counted."""
     lengths = Lengths(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
     for shard in range(len(source.shards)):
-        starts = source.starts(shard)
-        for first in range(0, len(starts) - 1, _BLOCK):
-            block = np.diff(starts[first : first + _BLOCK + 1])
+        documents = source.shards[shard].documents
+        for first in range(0, documents, _BLOCK):
+            block = source.lengths(shard, first, min(first + _BLOCK, documents))
             lengths = combined([lengths, Lengths(*np.unique(block, return_counts=True))])
             on_progress(len(block))
     return lengths

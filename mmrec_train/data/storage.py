@@ -81,8 +81,12 @@ class LocalFolder:
         found = self._maps.get(file.path)
         if found is None:
             self.check(file, contents=False)
-            with pa.memory_map(str(self._folder / file.path)) as mapped:  # np.memmap would keep the file open
-                found = np.frombuffer(mapped.read_buffer(), dtype=file.dtype)
+            path = self._folder / file.path
+            try:
+                with pa.memory_map(str(path)) as mapped:  # np.memmap would keep the file open
+                    found = np.frombuffer(mapped.read_buffer(), dtype=file.dtype)
+            except OSError as error:
+                raise UserError(f"cannot read shard {path}: {error.strerror or error}") from error
             self._maps[file.path] = found
         return found
 

@@ -73,6 +73,11 @@ def load_tokenizer(path: str | Path, cache: CacheSettings | None = None) -> PreT
             f"{folder}: its bos and eos ids are {special_ids(tokenizer)}, the manifest says "
             f"{(manifest.bos_id, manifest.eos_id)}. Put the original tokenizer_config.json back."
         )
+    if vocab_size(tokenizer) != manifest.vocab_size:
+        raise UserError(
+            f"{folder} has a vocabulary of {vocab_size(tokenizer)}, the manifest says {manifest.vocab_size}. Put the "
+            "original manifest back, or prepare the data set again."
+        )
     return tokenizer
 
 

@@ -141,7 +141,10 @@ class Rows(NamedTuple):
             is_text = pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)
             if not (is_text or pa.types.is_null(column.type) or extraction.template.takes_numbers):
                 raise UserError(f"{self.where}: column {field} holds {column.type}, not text")
-            columns.append(column.to_pylist())
+            try:
+                columns.append(column.to_pylist())
+            except (ValueError, OverflowError) as error:  # a date that Python has none for
+                raise UserError(f"{self.where}: column {field} ({column.type}): {error}. Leave it out.") from error
         for values in zip(*columns, strict=True):
             yield extraction.document(values, self.where)
 

@@ -123,7 +123,11 @@ def standard_library() -> "FileSource":
 def _folder(root: Path, fields: Sequence[str], pattern: str | None) -> "FileSource":
     everything = _walk(root, set())
     if pattern is not None:
-        files = [file for file in everything if file.relative_to(root).match(pattern)]
+        # Path.match needs no ** for files at any depth, and takes it for one folder
+        wanted_name = pattern.removeprefix("**/")
+        if not PurePath(wanted_name).parts:
+            raise UserError(f"--pattern {pattern} names no files; give one such as '*.py'")
+        files = [file for file in everything if file.relative_to(root).match(wanted_name)]
     else:
         files = [file for file in everything if _kind(file) != "unknown"]
     if not files:
@@ -166,16 +170,31 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _walk(root: Path, skipped: set[str]) -> list[Path]:
-    """All files below `root` but hidden ones and those in the folders `skipped`, always in the same order."""
-    files = []
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [name for name in subfolders if name not in skipped and not name.startswith(".")]
-        files += [Path(folder, name) for name in names if not name.startswith(".")]
+    """All files below `root` but hidden ones and those in the folders `skipped`, always in the same order.
+
+    Links are followed, to a folder once. UserError for a folder that cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"cannot read the folder {error.filename}: {error.strerror}. Make it readable.") from error
+
+    files, seen = [], set()
+    for folder, subfolders, names in os.walk(root, onerror=refuse, followlinks=True):
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in seen:
+            subfolders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        subfolders[:] = sorted(name for name in subfolders if name not in skipped and not name.startswith("."))
+        paths = (Path(folder, name) for name in names if not name.startswith("."))
+        # a pipe would never end; a link to nothing is reported when it is read
+        files += [path for path in paths if path.is_file() or not path.exists()]
     return sorted(files, key=lambda file: file.relative_to(root).parts)
 
 
 def _kind(path: PurePath) -> str:
     """One of text, jsonl, parquet, arrow and unknown: by the suffix, or the one before a compression's."""
+    path = path.with_name(path.name.lower())
     if path.suffix in COMPRESSIONS:
         path = path.with_suffix("")
     elif path.suffix in (PARQUET_SUFFIX, ARROW_SUFFIX):
@@ -283,12 +302,16 @@ def _difference(before: Stock, now: Stock) -> str:
 
 @contextmanager
 def _named(file: Path) -> Iterator[None]:
-    """Errors of reading (no permission; a damaged archive or table) as UserError with the file's name."""
+    """Errors of reading (no permission; a damaged archive or table) as UserError with the file's name.
+
+    What the operating system refuses may be mended without a change of the file: SourceUnavailable.
+    """
     try:
         yield
     except (OSError, ValueError, pa.ArrowException) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise UserError(f"cannot read {file}: {reason}") from error
+        if isinstance(error, OSError) and error.strerror:
+            raise SourceUnavailable(f"cannot read {file}: {error.strerror}.") from error
+        raise UserError(f"cannot read {file}: {str(error).rstrip('.')}.") from error
 
 
 class _Stream(io.BufferedReader):
@@ -297,7 +320,7 @@ class _Stream(io.BufferedReader):
     def __init__(self, path: Path) -> None:
         self._raw_file = pa.OSFile(str(path))
         self._size = max(1, self._raw_file.size())
-        compression = COMPRESSIONS.get(path.suffix)
+        compression = COMPRESSIONS.get(path.suffix.lower())
         super().__init__(pa.CompressedInputStream(self._raw_file, compression) if compression else self._raw_file)
         self.is_compressed = compression is not None
 

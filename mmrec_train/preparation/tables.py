@@ -6,6 +6,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mmrec_train.errors import UserError
 from mmrec_train.preparation.records import Rows, no_field, top_level
 
 PARQUET_SUFFIX, ARROW_SUFFIX = ".parquet", ".arrow"
@@ -56,12 +57,14 @@ def read_arrow(
             row += len(batch)
 
 
-def needed_columns(where: str, fields: Sequence[str], names: Sequence[str]) -> list[str]:
+def needed_columns(where: str, fields: Sequence[str], names: list[str]) -> list[str]:
     """The columns that hold `fields`, each once; UserError for one that is not there."""
     columns = {top_level(field, names): field for field in fields}
     for column, field in columns.items():
         if column not in names:
             raise no_field(where, field, names)
+        if names.count(column) > 1:
+            raise UserError(f"{where}: {names.count(column)} columns are named {column}. Rename all but one.")
     return list(columns)
 
 
@@ -71,14 +74,25 @@ def rows_of(size: int, rows: int, total_bytes: int) -> int:
 
 
 def slices(rows: pa.RecordBatch | pa.Table, size: int) -> Iterator[pa.RecordBatch | pa.Table]:
-    """Consecutive parts of about `size` bytes, at least a row each. A part that is far larger is cut again."""
+    """Consecutive parts of about `size` bytes, at least a row each. A part that is far larger is cut again.
+
+    Columns of a dictionary's entries become columns of values: else every part would have the whole dictionary.
+    """
     count = rows_of(size, len(rows), rows.nbytes)
     for begin in range(0, len(rows), count):
-        part = rows.slice(begin, count)
+        part = _without_dictionaries(rows.slice(begin, count))
         if len(part) > 1 and part.nbytes > 2 * size:
             yield from slices(part, size)
         else:
             yield part
+
+
+def _without_dictionaries(rows: pa.RecordBatch | pa.Table) -> pa.RecordBatch | pa.Table:
+    for number, field in enumerate(rows.schema):
+        if pa.types.is_dictionary(field.type):
+            values = rows.column(number).cast(field.type.value_type)
+            rows = rows.set_column(number, field.with_type(field.type.value_type), values)
+    return rows
 
 
 def _file_batches(file: pa.NativeFile) -> Iterator[tuple[pa.RecordBatch, float]]:

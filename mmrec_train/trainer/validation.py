@@ -46,4 +46,5 @@ def metrics(evaluations: Mapping[str, Evaluation]) -> dict[str, float]:
         record[f"validation/{name}/perplexity"] = perplexity(evaluation.loss)
         for bucket in evaluation.by_position:
             record[f"validation/{name}/loss_{bucket.name}"] = bucket.loss
+            record[f"validation/{name}/perplexity_{bucket.name}"] = perplexity(bucket.loss)
     return record

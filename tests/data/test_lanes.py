@@ -483,3 +483,13 @@ def test_impossible_deals_are_refused(tmp_path: Path) -> None:
     dataset = write_documents(tmp_path, [[1, 2]])
     with pytest.raises(ValueError, match="6 lanes cannot be dealt to 2 ranks x 2 rows"):
         LaneLoader(dataset, USUAL, num_lanes=6, chunk_len=1, rank=0, world_size=2, micro_batch_size=2)
+
+
+def test_a_source_read_more_often_than_it_now_may_be_is_exhausted(tmp_path: Path) -> None:
+    dataset = write_documents(tmp_path, numbered_documents([9, 9]))
+    [loader] = make_loaders(dataset, 1, USUAL, num_lanes=2, chunk_len=5)
+    [fewer] = make_loaders(dataset, 1, StreamSettings(seed=1, epochs={"main": 2}), num_lanes=2, chunk_len=5)
+    loader.skip(20)  # 200 tokens, 11 epochs
+    fewer.load_state_dict(loader.state_dict(), allow_change=True)
+    with pytest.raises(StopIteration):  # after the documents that lanes are in
+        fewer.skip(3)

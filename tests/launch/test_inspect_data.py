@@ -249,3 +249,29 @@ def test_a_step_after_the_end_of_the_stream(data: Path) -> None:
         lane_pieces(dataset, settings, num_lanes=1, chunk_len=100, lane=0, step=steps)
     last = lane_pieces(dataset, settings, num_lanes=1, chunk_len=100, lane=0, step=steps - 1)
     assert sum(len(piece.tokens) for piece in last) == (dataset.num_tokens - 1) % 100 + 1
+
+
+def test_the_tokenizer_belongs_to_what_is_verified(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = read_manifest(copy)
+    write_manifest(copy, manifest.model_copy(update={"vocab_size": 60_000}))
+    assert main([str(copy)]) == 2
+    assert f"has a vocabulary of {manifest.vocab_size}, the manifest says 60000" in capsys.readouterr().err
+    shutil.rmtree(copy / "tokenizer")
+    assert main([str(copy)]) == 2
+    assert "Put the original tokenizer back" in capsys.readouterr().err
+    assert main([str(copy), "--no-verify"]) == 0
+
+
+@pytest.mark.parametrize("content", ["zeros", "noise"])
+@pytest.mark.parametrize("what", [["--no-verify"], ["--lane", "0", "--lanes", "2", "--chunk-len", "64"]])
+def test_a_damaged_index_is_named(
+    copy: Path, content: str, what: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for index in copy.glob("train/*/*.idx"):
+        size = index.stat().st_size
+        index.write_bytes(
+            bytes(size) if content == "zeros" else bytes(range(255, 255 - size % 200, -1)).ljust(size, b"\xfe")
+        )
+    assert main([str(copy), "--split", "train", *what]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: shard ") and ".idx contradicts the manifest: " in error

@@ -1,5 +1,6 @@
 """The command, as a user calls it."""
 
+import re
 import sysconfig
 from pathlib import Path
 
@@ -139,3 +140,29 @@ def test_progress_on_a_terminal(
     assert main(command) == EXIT_OK
     shown = capsys.readouterr().err
     assert "training the tokenizer" in shown and "200 documents" in shown and "tokens/s" in shown and "0:00:00" in shown
+
+
+def test_progress_without_a_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launch.prepare_data._SECONDS_BETWEEN_LINES", 0.0)
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for number in range(3):
+        (texts / f"{number}.txt").write_text("some words " * 200_000)
+    (tmp_path / "real").mkdir()
+    out = tmp_path / "link"
+    out.symlink_to(tmp_path / "real")  # an empty folder, which the data set takes the place of
+    command = ["--source", str(texts), "--train-tokenizer", "300", "--out", str(out), "--processes", "1"]
+    assert main([*command, "--validation-fraction", "0"]) == 0
+    lines = capsys.readouterr().err
+    assert re.search(
+        r"^\w.*: \d documents, .* MB, [\d,]+ tokens, [\d,]+ tokens/s, \d+%, \d:\d\d:\d\d left$", lines, re.M
+    )
+    assert (tmp_path / "real/manifest.json").exists()
+
+
+def test_a_number_of_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["--source", "stdlib", "--train-tokenizer", "300", "--out", str(tmp_path / "out"), "--processes", "0"])
+    assert "argument --processes: 0 is not at least 1" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 import bz2
 import gzip
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from mmrec_train.errors import UserError
 from mmrec_train.preparation.records import Document, Extraction, JsonLines, Rows, Template, decode_utf8
-from mmrec_train.preparation.sources import Piece, Position, open_source, standard_library
+from mmrec_train.preparation.sources import Piece, Position, SourceUnavailable, open_source, standard_library
 
 TEXTS = ["first\nline", "zweite Zeile: äöü", "", "third 𝛾", "fourth " * 500]
 # One stray byte; an overlong form, which counts a byte at a time; a U+FFFD that was in the text all along.
@@ -345,3 +346,88 @@ def test_a_file_that_changes_is_an_error(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(UserError, match=r"a\.jsonl is not read any more"):
         open_source(str(tmp_path), fields=["text"]).take_stock(recorded)
+
+
+def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/b.txt").write_text("b")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "a.txt").write_text("a")
+    (folder / "link").symlink_to(tmp_path / "elsewhere")
+    (folder / "again").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/round").symlink_to(folder)
+    assert texts(folder) == ["a", "b"]
+
+
+def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "a.txt").write_text("a")
+    scandir = os.scandir
+
+    def refusing(path: str) -> Any:
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(UserError, match=r"cannot read the folder .*closed: Permission denied"):
+        texts(tmp_path)
+
+
+def test_patterns_of_files_at_any_depth(tmp_path: Path) -> None:
+    (tmp_path / "deep/er").mkdir(parents=True)
+    for name in ("a.md", "deep/b.md", "deep/er/c.md", "deep/d.txt"):
+        (tmp_path / name).write_text(name)
+    for pattern in ("*.md", "**/*.md"):
+        assert texts(tmp_path, pattern=pattern) == ["a.md", "deep/b.md", "deep/er/c.md"]
+    with pytest.raises(UserError, match=r"--pattern \. names no files"):
+        texts(tmp_path, pattern=".")
+
+
+def test_suffixes_in_capitals_and_what_is_no_file(tmp_path: Path) -> None:
+    (tmp_path / "a.JSONL").write_text('{"text": "one"}\n{"text": "two"}\n')
+    (tmp_path / "b.TXT.GZ").write_bytes(gzip.compress(b"three"))
+    os.mkfifo(tmp_path / "pipe.txt")
+    assert texts(tmp_path) == ["one", "two", "three"]
+
+
+def test_two_columns_of_one_name(tmp_path: Path) -> None:
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
+    with pytest.raises(UserError, match=r"a\.arrow: 2 columns are named text"):
+        texts(tmp_path / "a.arrow")
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_a_dictionary_is_not_sent_with_every_batch(tmp_path: Path, suffix: str) -> None:
+    words = [f"{number} " * 100 for number in range(500)]
+    table = pa.table({"text": pa.array(words).dictionary_encode()})
+    path = tmp_path / f"a.{suffix}"
+    if suffix == "parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+            writer.write_table(table)
+    extraction = Extraction(Template.of_field("text"))
+    found = pieces(path, extraction, batch_bytes=20_000)
+    assert [document.text for document in documents(found, extraction)] == words
+    assert sum(batch_size(piece) for piece in found) < 1.5 * sum(map(len, words))
+
+
+def test_what_the_system_refuses_may_be_mended(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("a")
+    source = open_source(str(path), fields=())
+    path.unlink()
+    with pytest.raises(SourceUnavailable, match=r"cannot read .*a\.txt: No such file or directory\.$"):
+        source.take_stock(None)
+
+
+def test_a_date_that_python_has_none_for(tmp_path: Path) -> None:
+    table = pa.table({"text": ["a"], "date": pa.array([2**60], pa.timestamp("us"))})
+    pq.write_table(table, tmp_path / "a.parquet")
+    extraction = Extraction(Template.parse("{text} {date}"))
+    with pytest.raises(UserError, match=r"a\.parquet: column date \(timestamp\[us\]\): .*Leave it out\.$"):
+        documents(pieces(tmp_path / "a.parquet", extraction), extraction)

@@ -79,6 +79,8 @@ def test_a_validation_is_an_evaluation_of_each_source(
         "validation/numbers/perplexity",
         "validation/numbers/loss_0-1K",
         "validation/numbers/loss_1-8K",
+        "validation/numbers/perplexity_0-1K",
+        "validation/numbers/perplexity_1-8K",
     }
     assert first.keys() == last.keys()
 
