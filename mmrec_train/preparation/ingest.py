@@ -79,7 +79,7 @@ def prepare(
     hub; its message says what to do.
     """
     settings = settings or Settings(usable_cores())
-    sources = {name: choice.open() for name, choice in recipe.sources.items()}
+    sources = _open_sources(recipe)
     partial = Partial(out)
     request = {
         "recipe": recipe.model_dump(mode="json"),
@@ -118,6 +118,18 @@ def _check_request(journal: Journal, request: dict[str, Any], partial: Partial) 
             f"{partial.folder} is unfinished, and was begun with other options: {'; '.join(differences)}. Give the "
             "same options to go on, or remove that folder to start anew."
         )
+
+
+def _open_sources(recipe: Recipe) -> dict[str, Source]:
+    sources = {}
+    for name, choice in recipe.sources.items():
+        try:
+            sources[name] = choice.open()
+        except UserError as error:
+            if len(recipe.sources) == 1:
+                raise
+            raise UserError(f"sources.{name}: {error}") from error
+    return sources
 
 
 @contextmanager

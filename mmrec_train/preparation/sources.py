@@ -85,7 +85,8 @@ def open_source(
     hub data set, `split` also one of a folder written by `save_to_disk`. UserError where nothing is found.
     """
     path = Path(source).expanduser()
-    is_hub = source != "stdlib" and not path.exists()
+    with _named(path):
+        is_hub = source != "stdlib" and not path.exists()
     has_splits = is_hub or (path / "dataset_dict.json").is_file()
     if (name is not None and not is_hub) or (split is not None and not has_splits):
         raise UserError(f"--name and --split choose a part of a hub data set, but --source {source} is not one")
@@ -149,17 +150,23 @@ def _folder(root: Path, fields: Sequence[str], pattern: str | None) -> "FileSour
 
 def _saved_split(root: Path, split: str, fields: Sequence[str]) -> "FileSource":
     """One split of what `datasets.DatasetDict.save_to_disk` wrote."""
-    splits = _read_json(root / "dataset_dict.json").get("splits", [])
+    listed = _read_json(root / "dataset_dict.json").get("splits")
+    splits = [str(name) for name in listed] if isinstance(listed, list) else []
     if split not in splits:
-        raise UserError(f"--source {root} has no split {split}; there are {', '.join(splits)}. Choose with --split.")
+        found = ", ".join(splits) or "none"
+        raise UserError(f"--source {root} has no split {split}; there are {found}. Choose with --split.")
     return _saved(root / split, fields)
 
 
 def _saved(root: Path, fields: Sequence[str]) -> "FileSource":
     """What `datasets.Dataset.save_to_disk` wrote: the rows in their order, which is that of its list of files."""
-    files = [root / file["filename"] for file in _read_json(root / "state.json").get("_data_files", [])]
+    listed = _read_json(root / "state.json").get("_data_files")
+    try:
+        files = [root / file["filename"] for file in listed or ()]
+    except (KeyError, TypeError):
+        files = []
     if not files:
-        raise UserError(f"--source {root}: its state.json lists no files")
+        raise UserError(f"--source {root}: its state.json lists no files. Write it again with save_to_disk.")
     return FileSource(files, fields, {"kind": "files", "path": str(root), "files": len(files)})
 
 

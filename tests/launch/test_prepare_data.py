@@ -115,7 +115,12 @@ def test_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe.write_text(recipe.read_text() + "validation_fraction: none\n")
     assert main(command) == EXIT_USER_ERROR
     assert "recipe.yaml:5: validation_fraction: must be a valid number" in capsys.readouterr().err
-    recipe.write_text(recipe.read_text().replace("none", "0"))
+    recipe.write_text(recipe.read_text().replace("none", "0").replace("b.jsonl", "absent.jsonl"))
+    assert main(command) == EXIT_USER_ERROR
+    assert re.fullmatch(
+        r"error: sources\.b: --source .*absent\.jsonl: no such file or folder\n", capsys.readouterr().err
+    )
+    recipe.write_text(recipe.read_text().replace("absent.jsonl", "b.jsonl"))
     assert main(command) == EXIT_OK
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" documents")[0] for line in lines[:1]] == ["a, train: 2"]

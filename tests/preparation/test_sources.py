@@ -431,3 +431,17 @@ def test_a_date_that_python_has_none_for(tmp_path: Path) -> None:
     extraction = Extraction(Template.parse("{text} {date}"))
     with pytest.raises(UserError, match=r"a\.parquet: column date \(timestamp\[us\]\): .*Leave it out\.$"):
         documents(pieces(tmp_path / "a.parquet", extraction), extraction)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("state.json", {"_data_files": [{}]}, "its state.json lists no files"),
+        ("state.json", {"_data_files": None}, "its state.json lists no files"),
+        ("dataset_dict.json", {"splits": 3}, "has no split train; there are none"),
+    ],
+)
+def test_a_saved_data_set_with_damaged_lists(tmp_path: Path, name: str, content: dict[str, Any], message: str) -> None:
+    (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=message):
+        texts(tmp_path)
