@@ -62,16 +62,17 @@ def _step_tile(
     scale = 1.0
     if largest is not None:
         scale = power_of_two(tl.load(largest + b), HEADROOM)
-    factor_w = 1.0
+    unscale = 1.0 / scale
+    unscale_product = unscale
     if largest_weight is not None:
-        factor_w = power_of_two(tl.load(largest_weight), HEADROOM_8_BIT)
+        unscale_product /= power_of_two(tl.load(largest_weight), HEADROOM_8_BIT)
 
     decays = tl.load(gamma + offset, inside, other=1.0).to(tl.float32) * keep
     a = tl.zeros((STEPS, BLOCK_D), tl.float32)
     if product is not None:
-        a = tl.load(product + offset, inside, other=0.0).to(tl.float32) / (scale * factor_w)
+        a = tl.load(product + offset, inside, other=0.0).to(tl.float32) * unscale_product
     if old_product is not None:
-        old_a = tl.load(old_product + offset, inside, other=0.0).to(tl.float32) / scale
+        old_a = tl.load(old_product + offset, inside, other=0.0).to(tl.float32) * unscale
         if INCREMENT:
             a += old_a
             tl.store(old_product + offset, a * scale, inside)
@@ -360,7 +361,7 @@ def gradient_kernel(
         value = tl.load(adjoint + at, inside, other=0.0)
         a = tl.load(logits + at, inside, other=0.0)
         if largest is not None:
-            a /= power_of_two(tl.load(largest + b), HEADROOM)
+            a *= 1.0 / power_of_two(tl.load(largest + b), HEADROOM)
         gate = tl.sigmoid(a)
         slope = tl.load(z + at, inside, other=0.0).to(tl.float32) * gate * (1.0 - gate)
         before = state_before(h + row * D, initial, b, t, channel, inside, D)
