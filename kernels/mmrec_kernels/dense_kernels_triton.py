@@ -15,6 +15,7 @@ import triton.language as tl
 from mmrec_kernels.handoff import take_ticket
 from mmrec_kernels.operands_triton import HEADROOM, HEADROOM_8_BIT, power_of_two, state_before
 from mmrec_kernels.register_tiles import last_row, scan_tile, summarize_tile
+from mmrec_kernels.sigmoid_triton import sigmoid
 from mmrec_kernels.solver import MIN_IMPORTANCE
 from mmrec_kernels.time_tiles import look_back, publish_tile, tile_of_ticket
 
@@ -33,7 +34,7 @@ def _added(source, product, offset, step, inside, keep, has_earlier, ADJOINT: tl
     if ADJOINT:
         return tl.load(source + offset - step, inside & has_earlier, other=0.0).to(tl.float32) + product * keep
     else:
-        return tl.load(source + offset, inside, other=0.0).to(tl.float32) * tl.sigmoid(product)
+        return tl.load(source + offset, inside, other=0.0).to(tl.float32) * sigmoid(product)
 
 
 @triton.jit
@@ -310,7 +311,7 @@ def finish_kernel(
                         x = tl.load(source + row - D + n, mine & (t < length - 1), other=0.0).to(tl.float32)
                         x += total * keep
                     else:
-                        x = tl.load(source + row + n, mine, other=0.0).to(tl.float32) * tl.sigmoid(total)
+                        x = tl.load(source + row + n, mine, other=0.0).to(tl.float32) * sigmoid(total)
                     after = tl.fma(g, before_n, x)
                     tl.store(states + (t + 1) % 2 * D + n, after, mine)
                     tl.store(value + row + n, (before_n if ADJOINT else after).to(value.dtype.element_ty), mine)
@@ -327,7 +328,7 @@ def slope_kernel(z, logits, largest, slope, count, row_size, BLOCK: tl.constexpr
     a = tl.load(logits + at, inside, other=0.0)
     if largest is not None:
         a /= power_of_two(tl.load(largest + at // row_size, inside, other=0), HEADROOM)
-    gate = tl.sigmoid(a)
+    gate = sigmoid(a)
     value = tl.load(z + at, inside, other=0.0).to(tl.float32) * gate * (1.0 - gate)
     tl.store(slope + at, value.to(slope.dtype.element_ty), inside)
 
@@ -362,7 +363,7 @@ def gradient_kernel(
         a = tl.load(logits + at, inside, other=0.0)
         if largest is not None:
             a *= 1.0 / power_of_two(tl.load(largest + b), HEADROOM)
-        gate = tl.sigmoid(a)
+        gate = sigmoid(a)
         slope = tl.load(z + at, inside, other=0.0).to(tl.float32) * gate * (1.0 - gate)
         before = state_before(h + row * D, initial, b, t, channel, inside, D)
         tl.store(grad_z + at, (value * gate).to(grad_z.dtype.element_ty), inside)

@@ -33,6 +33,7 @@ from mmrec_kernels.checks import cdiv
 from mmrec_kernels.handoff import publish, take_ticket, wait_for
 from mmrec_kernels.matmul import gate_weight_gradient
 from mmrec_kernels.register_tiles import scan_tile
+from mmrec_kernels.sigmoid_triton import sigmoid
 from mmrec_kernels.solver import MIN_IMPORTANCE, SolverSettings
 from mmrec_kernels.time_tiles import on_device
 
@@ -104,7 +105,7 @@ def _solve_kernel(
     if ADJOINT:
         initial = tl.load(initial_ptr + state_offset)
         h_before = _before(h_ptr, initial, offset, inside, earliest, keep, H, d)
-        gate = tl.sigmoid(tl.dot(h_before.to(weight.dtype), tl.trans(weight), input_precision="tf32x3"))
+        gate = sigmoid(tl.dot(h_before.to(weight.dtype), tl.trans(weight), input_precision="tf32x3"))
         slope = tl.load(z_ptr + offset, mask=inside, other=0.0).to(tl.float32) * gate * (1.0 - gate)
         tl.store(grad_gate_ptr + offset, slope.to(weight.dtype), mask=inside)
         tl.debug_barrier()
@@ -139,7 +140,7 @@ def _solve_kernel(
             new = tl.maximum(1.0 - gamma, LEAST_WEIGHT) * before
         else:
             z = tl.load(z_ptr + offset, mask=inside, other=0.0).to(tl.float32)
-            before, after = scan_tile(gamma, z * tl.sigmoid(product), carry)
+            before, after = scan_tile(gamma, z * sigmoid(product), carry)
             new = after
         carry_out = tl.sum(tl.where((row == TILE - 1)[:, None], after, 0.0), 0)
         # columns first, within threads, then both at once across threads: the next tile is waiting
@@ -177,7 +178,7 @@ def _solve_kernel(
         # loaded and computed again, not kept in registers through the iteration
         h_before = _before(h_ptr, initial, offset, inside, earliest, keep, H, d)
         tl.store(grad_gamma_ptr + offset, (before * h_before).to(grad_gamma_ptr.dtype.element_ty), mask=inside)
-        gate = tl.sigmoid(tl.dot(h_before.to(weight.dtype), tl.trans(weight), input_precision="tf32x3"))
+        gate = sigmoid(tl.dot(h_before.to(weight.dtype), tl.trans(weight), input_precision="tf32x3"))
         tl.store(grad_z_ptr + offset, (before * gate).to(grad_z_ptr.dtype.element_ty), mask=inside)
         slope = tl.load(z_ptr + offset, mask=inside, other=0.0).to(tl.float32) * gate * (1.0 - gate)
         tl.store(grad_gate_ptr + offset, (before * slope * keep).to(weight.dtype), mask=inside)

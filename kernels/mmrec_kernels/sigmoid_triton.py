@@ -1,0 +1,25 @@
+"""σ in a third of the instructions: neither exponentials below 2^−126 nor sums above 2^126 are kept from being zero.
+
+Triton's own σ scales before and after to keep them, which a gate cannot tell apart. The error is that of `ex2.approx`
+and `rcp.approx`: 3 ulp.
+"""
+
+import triton
+import triton.language as tl
+
+from mmrec_kernels.backend import interpreted
+
+COMPILED = tl.constexpr(not interpreted())
+MINUS_LOG2_E = tl.constexpr(-1.4426950408889634)
+
+
+@triton.jit
+def sigmoid(x, factor=1.0):
+    """σ(factor · x) of an fp32 tensor; `factor` is a number."""
+    if COMPILED:
+        power = tl.exp2(x * (MINUS_LOG2_E * factor))
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", (1.0 + power,), tl.float32, is_pure=True, pack=1
+        )  # fmt: skip
+    else:
+        return tl.sigmoid(x * factor)
