@@ -41,8 +41,8 @@ def _added(source, product, offset, step, inside, keep, has_earlier, ADJOINT: tl
 def _step_tile(
     gamma, source, product, old_product, largest, largest_weight, factor, reset, initial, operand, subtracted, value,
     final, change, size, words, change_words, ticket, batch, length, shift,
-    D: tl.constexpr, ADJOINT: tl.constexpr, INCREMENT: tl.constexpr, WHOLE: tl.constexpr, BLOCK_D: tl.constexpr,
-    STEPS: tl.constexpr, GROUP: tl.constexpr,
+    D: tl.constexpr, ADJOINT: tl.constexpr, INCREMENT: tl.constexpr, MEASURED: tl.constexpr, WHOLE: tl.constexpr,
+    BLOCK_D: tl.constexpr, STEPS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """One tile [STEPS, BLOCK_D] of one iteration; see `step_kernel`. The rows are in the order of the scan."""
     chunk, b, channel, mask = tile_of_ticket(ticket, batch, D, BLOCK_D)
@@ -76,11 +76,12 @@ def _step_tile(
         old_a = tl.load(old_product + offset, inside, other=0.0).to(tl.float32) * unscale
         if INCREMENT:
             a += old_a
-            tl.store(old_product + offset, a * scale, inside)
+            if MEASURED:
+                tl.store(old_product + offset, a * scale, inside)
     x = _added(source, a, offset, D, inside, keep, has_earlier, ADJOINT)
     decay, state = summarize_tile(decays, x)
     publish_tile(words, states, chunk, index, mask, decay, state)
-    if old_product is not None:
+    if MEASURED:
         moved = x - _added(source, old_a, offset, D, inside, keep, has_earlier, ADJOINT)
         decay, delta = summarize_tile(decays, moved)
         publish_tile(change_words, states, chunk, index, mask, decay, delta)
@@ -102,7 +103,7 @@ def _step_tile(
         limit: tl.constexpr = _largest_number(operand.dtype.element_ty)
         u = tl.clamp(u, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
     tl.store(operand + offset, u.to(operand.dtype.element_ty), inside)
-    if old_product is not None:
+    if MEASURED:
         tl.store(value + offset, (before if ADJOINT else after).to(value.dtype.element_ty), inside)
         if chunk == chunks - 1:
             tl.store(final + index, last_row(after), mask)
@@ -125,23 +126,24 @@ def _step_tile(
 def step_kernel(
     gamma, source, product, old_product, largest, largest_weight, factor, reset, initial, operand, subtracted, value,
     final, change, size, words, change_words, batch, length, shift,
-    D: tl.constexpr, ADJOINT: tl.constexpr, INCREMENT: tl.constexpr, WHOLE: tl.constexpr, BLOCK_D: tl.constexpr,
-    STEPS: tl.constexpr, GROUP: tl.constexpr,
+    D: tl.constexpr, ADJOINT: tl.constexpr, INCREMENT: tl.constexpr, MEASURED: tl.constexpr, WHOLE: tl.constexpr,
+    BLOCK_D: tl.constexpr, STEPS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """One iteration: scans with the gates of a product, and writes the operand of the next product.
 
     gamma, source (z, or the gradient of h), product, old_product, factor (s of the adjoint), operand and value are
     [batch, length, D]; reset [batch, length]; initial and final [batch, D] fp32; change and size [batch] int32, the
-    bits of fp32 numbers. Without a product the gate is neutral (y is zero). With an old one the iteration is measured,
-    and value and final are written; with INCREMENT the product is added to it, there. subtracted: an operand relative
-    to which this one is written. largest [batch], largest_weight [1]: what operands, and the weight of this
-    product, are scaled by (`operands_triton`); None for 1. shift: zero, see `register_tiles`. WHOLE: tiles fill length
-    and D. A program takes one tile, which stays in its registers.
+    bits of fp32 numbers. Without a product the gate is neutral (y is zero). INCREMENT: the product is what has to be
+    added to the old one. MEASURED: the change since the old product is measured, value and final are written, and a
+    sum takes the old product's place. subtracted: an operand relative to which this one is written. largest [batch],
+    largest_weight [1]: what operands, and the weight of this product, are scaled by (`operands_triton`); None for 1.
+    shift: zero, see `register_tiles`. WHOLE: tiles fill length and D. A program takes one tile, which stays in its
+    registers.
     """
     _step_tile(
         gamma, source, product, old_product, largest, largest_weight, factor, reset, initial, operand, subtracted,
         value, final, change, size, words + 4, change_words + 4, take_ticket(words), batch, length, shift,
-        D, ADJOINT, INCREMENT, WHOLE, BLOCK_D, STEPS, GROUP,
+        D, ADJOINT, INCREMENT, MEASURED, WHOLE, BLOCK_D, STEPS, GROUP,
     )  # fmt: skip
 
 
@@ -233,7 +235,7 @@ def refine_kernel(
             _step_tile(
                 gamma, source, new, old, largest, None, factor, reset, initial, operand, None, value, final,
                 changes + iteration * batch, sizes + iteration * batch, words + 4, change_words + 4,
-                tile, batch, length, shift, D, ADJOINT, False, WHOLE, BLOCK_D, STEPS, GROUP,
+                tile, batch, length, shift, D, ADJOINT, False, True, WHOLE, BLOCK_D, STEPS, GROUP,
             )  # fmt: skip
         meetings = _meet(meeting, meetings)
         for start in range(program * 1024, word_count, programs * 1024):

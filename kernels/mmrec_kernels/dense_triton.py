@@ -4,7 +4,7 @@ The kernels are in `dense_kernels_triton`. Per direction
 
 1. a guess: the scan with the gate at its neutral value;
 2. `planned` iterations, each a cuBLAS product and one launch of `step_kernel`, which computes the gates, scans, and
-   writes the operand of the next product. Most may have 8-bit operands (`_Operands`). The last one measures the
+   writes the operand of the next product. Every other may have 8-bit operands (`_Operands`). The last one measures the
    change, between its product and the one before;
 3. `refine_kernel`: more iterations until every row has converged. One launch whose programs meet at barriers; it
    returns at once if there is nothing left to do;
@@ -28,7 +28,6 @@ from mmrec_kernels.solver import SolverSettings
 from mmrec_kernels.time_tiles import GROUP, handoff_words, on_device
 
 PLANNED = {torch.float32: 8}  # iterations before the change is looked at, by the dtype of W; else 5
-FULL = 2  # how many of the planned products have 16-bit operands where others have 8 bits
 WIDTH_8_BIT = 2048  # from this width on: below, a product costs less than rounding its operands
 CHANNELS = 32  # of a tile, per warp
 STEPS = 64  # tokens of a tile
@@ -79,9 +78,9 @@ class _Operands:
     With W in 16 bit, operands are scaled, by row, by the power of two that brings the recurrence's largest input near
     2^HEADROOM; scales stay on the device. fp32 operands are taken as they are.
 
-    Wide layers have products of 8-bit operands, which take half the time, in all but `FULL` of the planned iterations:
-    the first ones (e4m3) only improve the guess, and the last adds to the product before it that of what has changed
-    since (e5m2), of which 8 bits say enough.
+    Wide layers have every other product in 8 bits, which takes half the time, the last one among them: it adds to the
+    product before it that of what has changed since (e5m2), of which 8 bits say enough. Only the first product, which
+    has none before it, is in 8 bits as a whole (e4m3).
     """
 
     def __init__(self, problem: _Problem, planned: int, limit: int):
@@ -90,14 +89,14 @@ class _Operands:
         self.matrix = matrix
         self.planned = planned
         self.largest: Tensor | None = None
-        self.low = 0  # how many of the first products have 8-bit operands; if any, so has the last one
+        self.any_low = False  # whether every other planned product has 8-bit operands
         if matrix.dtype != torch.float32:
             self.largest = torch.zeros(len(source), dtype=torch.int32, device=device)
             raise_largest(self.largest, source)
             raise_largest(self.largest, problem.initial)
             # as many iterations as tokens make all of them exact, but not with 8 bits
-            if planned > FULL + 1 and limit < source.shape[1] and _has_8_bit_products(problem):
-                self.low = planned - FULL - 1
+            if planned > 2 and limit < source.shape[1] and _has_8_bit_products(problem):
+                self.any_low = True
                 self.largest_weight = torch.zeros(1, dtype=torch.int32, device=device)
                 raise_largest(self.largest_weight, problem.weight.unsqueeze(0))
                 half, self.low_matrix = converted_weight(problem.weight, self.largest_weight, problem.adjoint)
@@ -110,31 +109,33 @@ class _Operands:
         self.operand = torch.empty(source.shape, dtype=self.matrix.dtype, device=device)
         self.products = torch.empty(2, *source.shape, dtype=torch.float32, device=device)
 
+    def _low(self, n: int) -> bool:
+        """Whether product n has 8-bit operands."""
+        return self.any_low and n <= self.planned and (self.planned - n) % 2 == 0
+
     @property
     def inexact(self) -> int:
         """How many of the planned iterations have 8-bit operands."""
-        return self.low + 1 if self.low else 0
+        return sum(map(self._low, range(1, self.planned + 1)))
 
     def increment(self, n: int) -> bool:
         """Whether the product of iteration n is what has to be added to the one before."""
-        return self.low > 0 and n == self.planned
+        return n > 1 and self._low(n)
 
     def after(self, n: int) -> tuple[Tensor, Tensor | None]:
         """Where iteration n writes its operand, and what to subtract from it."""
-        if n < self.low:
-            return self.low_operand, None
         if self.increment(n + 1):
             return self.low_operand.view(torch.float8_e5m2), self.operand
-        return self.operand, None
+        return self.low_operand if self._low(n + 1) else self.operand, None
 
     def product(self, n: int) -> tuple[Tensor, Tensor | None]:
         """The product of iteration n ≥ 1, and what its matrix is scaled by (bits)."""
-        if n > self.low and not self.increment(n):
+        if not self._low(n):
             # the last one is added to it there, and the iteration after that looks for it there
-            out = self.products[(self.planned if self.low else n) % 2]
+            out = self.products[(self.planned if self.any_low else n) % 2]
             return _multiply(self.operand, self.matrix, out), None
         operand, result = self.low_operand, self.low_product
-        if n > self.low:
+        if self.increment(n):
             operand = operand.view(torch.float8_e5m2)
         torch._scaled_mm(
             operand.flatten(0, 1), self.low_matrix.T, self.one, self.one,
@@ -181,11 +182,12 @@ def _solve(problem: _Problem, settings: SolverSettings) -> tuple[Tensor, Tensor]
         if n == planned == 1:
             old_product = operands.products[0].zero_()  # the neutral gate of the guess
         operand, subtracted = operands.after(n)
-        measured = n == planned
+        measured = 0 < n == planned
         steps, block_d = STEPS_MEASURED if measured else STEPS, STEP_WARPS * CHANNELS
         step_kernel[(cdiv(length, steps) * batch * cdiv(width, block_d),)](
             **common, **tiling,
-            product=product, old_product=old_product if measured else None, INCREMENT=operands.increment(n),
+            product=product, old_product=old_product if measured or operands.increment(n) else None,
+            INCREMENT=operands.increment(n), MEASURED=measured,
             largest=operands.largest, largest_weight=largest_weight, operand=operand, subtracted=subtracted,
             change=changes[planned], size=sizes[planned],
             words=measured_words[0] if measured else words[n], change_words=measured_words[1],
