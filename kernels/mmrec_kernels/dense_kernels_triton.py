@@ -39,8 +39,8 @@ def _added(source, product, offset, step, inside, keep, has_earlier, ADJOINT: tl
 
 @triton.jit
 def _step_tile(
-    gamma, source, product, old_product, largest, largest_weight, factor, reset, initial, operand, subtracted, value,
-    final, change, size, words, change_words, ticket, batch, length, shift,
+    gamma, source, product, old_product, largest, largest_weight, factor, largest_factor, reset, initial, operand,
+    subtracted, value, final, change, size, words, change_words, ticket, batch, length, shift,
     D: tl.constexpr, ADJOINT: tl.constexpr, INCREMENT: tl.constexpr, MEASURED: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_D: tl.constexpr, STEPS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -94,6 +94,8 @@ def _step_tile(
         f = tl.load(factor + offset, inside, other=0.0).to(tl.float32)
     u = before * f
     if largest is not None:
+        if largest_factor is not None:
+            scale *= 1.0 / power_of_two(tl.load(largest_factor + b), HEADROOM)
         u *= scale
         # what fp16 cannot hold must not pass for converged
         if tl.max(tl.max(tl.where(inside, tl.abs(u), 0.0), 0)) > 65504.0:
@@ -124,8 +126,8 @@ def _step_tile(
 
 @triton.jit(do_not_specialize=["batch", "length", "shift"])
 def step_kernel(
-    gamma, source, product, old_product, largest, largest_weight, factor, reset, initial, operand, subtracted, value,
-    final, change, size, words, change_words, batch, length, shift,
+    gamma, source, product, old_product, largest, largest_weight, factor, largest_factor, reset, initial, operand,
+    subtracted, value, final, change, size, words, change_words, batch, length, shift,
     D: tl.constexpr, ADJOINT: tl.constexpr, INCREMENT: tl.constexpr, MEASURED: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_D: tl.constexpr, STEPS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -136,13 +138,14 @@ def step_kernel(
     bits of fp32 numbers. Without a product the gate is neutral (y is zero). INCREMENT: the product is what has to be
     added to the old one. MEASURED: the change since the old product is measured, value and final are written, and a
     sum takes the old product's place. subtracted: an operand relative to which this one is written. largest [batch],
-    largest_weight [1]: what operands, and the weight of this product, are scaled by (`operands_triton`); None for 1.
+    largest_factor [batch], largest_weight [1]: what operands, the factor and the weight of this product are scaled by
+    (`operands_triton`); None for 1.
     shift: zero, see `register_tiles`. WHOLE: tiles fill length and D. A program takes one tile, which stays in its
     registers.
     """
     _step_tile(
-        gamma, source, product, old_product, largest, largest_weight, factor, reset, initial, operand, subtracted,
-        value, final, change, size, words + 4, change_words + 4, take_ticket(words), batch, length, shift,
+        gamma, source, product, old_product, largest, largest_weight, factor, largest_factor, reset, initial, operand,
+        subtracted, value, final, change, size, words + 4, change_words + 4, take_ticket(words), batch, length, shift,
         D, ADJOINT, INCREMENT, MEASURED, WHOLE, BLOCK_D, STEPS, GROUP,
     )  # fmt: skip
 
@@ -199,9 +202,9 @@ def _product_tile(
 
 @triton.jit(do_not_specialize=["batch", "length", "shift"])
 def refine_kernel(
-    gamma, source, products, largest, matrix, factor, reset, initial, operand, value, final, changes, sizes,
-    iterations, words, change_words, word_count, meeting, batch, length, shift, tolerance, planned, max_iterations,
-    N_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr, D: tl.constexpr, HEAD: tl.constexpr, ADJOINT: tl.constexpr,
+    gamma, source, products, largest, matrix, factor, largest_factor, reset, initial, operand, value, final, changes,
+    sizes, iterations, words, change_words, word_count, meeting, batch, length, shift, tolerance, planned,
+    max_iterations, N_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr, D: tl.constexpr, HEAD: tl.constexpr, ADJOINT: tl.constexpr,
     WHOLE: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -233,8 +236,8 @@ def refine_kernel(
         meetings = _meet(meeting, meetings)
         for tile in range(program, tiles, programs):
             _step_tile(
-                gamma, source, new, old, largest, None, factor, reset, initial, operand, None, value, final,
-                changes + iteration * batch, sizes + iteration * batch, words + 4, change_words + 4,
+                gamma, source, new, old, largest, None, factor, largest_factor, reset, initial, operand, None, value,
+                final, changes + iteration * batch, sizes + iteration * batch, words + 4, change_words + 4,
                 tile, batch, length, shift, D, ADJOINT, False, True, WHOLE, BLOCK_D, STEPS, GROUP,
             )  # fmt: skip
         meetings = _meet(meeting, meetings)
@@ -261,8 +264,8 @@ def _before_token(initial, value, states, row, at, inside, b, t, begin, D: tl.co
 
 @triton.jit(do_not_specialize=["batch", "length"])
 def finish_kernel(
-    gamma, source, weight, factor, reset, initial, value, final, changes, sizes, iterations, states, meeting,
-    batch, length, inexact, tolerance, N_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr, D: tl.constexpr,
+    gamma, source, weight, factor, largest_factor, reset, initial, value, final, changes, sizes, iterations, states,
+    meeting, batch, length, inexact, tolerance, N_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr, D: tl.constexpr,
     HEAD: tl.constexpr, ADJOINT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The rows that have not converged, token by token.
@@ -301,6 +304,8 @@ def finish_kernel(
                         f = keep
                         if factor is not None:
                             f = tl.load(factor + row + at, there, other=0.0).to(tl.float32)
+                        if largest_factor is not None:
+                            f *= 1.0 / power_of_two(tl.load(largest_factor + b), HEADROOM)
                         u = before * f
                         place = head * HEAD * HEAD + inner[:, None] * N_STRIDE + k[None, :] * K_STRIDE
                         w = tl.load(weight + place, (inner < HEAD)[:, None] & there[None, :], other=0.0)
@@ -323,16 +328,18 @@ def finish_kernel(
 
 
 @triton.jit
-def slope_kernel(z, logits, largest, slope, count, row_size, BLOCK: tl.constexpr):
-    """s = z σ′(a), elementwise over `count` elements; a is the logits, of states scaled by `largest` if it is given."""
+def slope_kernel(z, logits, largest, slope, largest_z, count, row_size, BLOCK: tl.constexpr):
+    """s = z σ′(a), elementwise over `count` elements, scaled like z by row if `largest_z` is given; a is the logits, of
+    states scaled by `largest` if that is given."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
     a = tl.load(logits + at, inside, other=0.0)
+    value = tl.load(z + at, inside, other=0.0).to(tl.float32)
     if largest is not None:
         a /= power_of_two(tl.load(largest + at // row_size, inside, other=0), HEADROOM)
+        value *= power_of_two(tl.load(largest_z + at // row_size, inside, other=0), HEADROOM)
     gate = sigmoid(a)
-    value = tl.load(z + at, inside, other=0.0).to(tl.float32) * gate * (1.0 - gate)
-    tl.store(slope + at, value.to(slope.dtype.element_ty), inside)
+    tl.store(slope + at, (value * gate * (1.0 - gate)).to(slope.dtype.element_ty), inside)
 
 
 @triton.jit

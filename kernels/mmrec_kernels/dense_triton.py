@@ -23,7 +23,7 @@ from mmrec_kernels.backend import interpreted
 from mmrec_kernels.checks import cdiv
 from mmrec_kernels.dense_kernels_triton import finish_kernel, gradient_kernel, refine_kernel, slope_kernel, step_kernel
 from mmrec_kernels.matmul import gate_weight_gradient
-from mmrec_kernels.operands_triton import converted_weight, raise_largest, states_before
+from mmrec_kernels.operands_triton import converted_weight, largest_of, states_before
 from mmrec_kernels.solver import SolverSettings
 from mmrec_kernels.time_tiles import GROUP, handoff_words, on_device
 
@@ -42,6 +42,7 @@ class _Problem(NamedTuple):
     source: Tensor
     weight: Tensor
     factor: Tensor | None
+    largest_factor: Tensor | None
     reset: Tensor | None
     initial: Tensor
     value: Tensor
@@ -91,14 +92,11 @@ class _Operands:
         self.largest: Tensor | None = None
         self.any_low = False  # whether every other planned product has 8-bit operands
         if matrix.dtype != torch.float32:
-            self.largest = torch.zeros(len(source), dtype=torch.int32, device=device)
-            raise_largest(self.largest, source)
-            raise_largest(self.largest, problem.initial)
+            self.largest = largest_of(source, problem.initial)
             # as many iterations as tokens make all of them exact, but not with 8 bits
             if planned > 2 and limit < source.shape[1] and _has_8_bit_products(problem):
                 self.any_low = True
-                self.largest_weight = torch.zeros(1, dtype=torch.int32, device=device)
-                raise_largest(self.largest_weight, problem.weight.unsqueeze(0))
+                self.largest_weight = largest_of(problem.weight.unsqueeze(0))
                 half, self.low_matrix = converted_weight(problem.weight, self.largest_weight, problem.adjoint)
                 self.matrix = (half.mT if problem.adjoint else half).unsqueeze(0)
                 self.one = torch.ones((), device=device)
@@ -169,8 +167,9 @@ def _solve(problem: _Problem, settings: SolverSettings) -> tuple[Tensor, Tensor]
     words = handoff_words(max(planned, 2), length, batch * width, device, STEPS)
     measured_words = handoff_words(2, length, batch * width, device, STEPS_MEASURED)
     common = dict(
-        gamma=problem.gamma, source=source, factor=problem.factor, reset=problem.reset, initial=problem.initial,
-        value=problem.value, final=problem.final, batch=batch, length=length, D=width, ADJOINT=problem.adjoint,
+        gamma=problem.gamma, source=source, factor=problem.factor, largest_factor=problem.largest_factor,
+        reset=problem.reset, initial=problem.initial, value=problem.value, final=problem.final, batch=batch,
+        length=length, D=width, ADJOINT=problem.adjoint,
     )  # fmt: skip
     tiling = dict(GROUP=GROUP, WHOLE=length % STEPS == 0 and width % (8 * CHANNELS) == 0, shift=0)
     product: Tensor | None = None
@@ -237,10 +236,8 @@ def _logits(h: Tensor, initial: Tensor, weight: Tensor, reset: Tensor | None) ->
     """W times the states before each token [B, T, D] in fp32, and the bits of what they are scaled by (`operands`)."""
     matrix = weight if weight.dim() == 3 else weight.unsqueeze(0)
     largest, dtype = None, weight.dtype
-    if h.dtype != dtype and dtype != torch.float32:
-        largest, dtype = torch.zeros(len(h), dtype=torch.int32, device=h.device), torch.float16
-        raise_largest(largest, h)
-        raise_largest(largest, initial)
+    if dtype != torch.float32:
+        largest, dtype = largest_of(h, initial), torch.float16
     operand = states_before(h, initial, reset, largest, dtype)
     out = torch.empty(h.shape, dtype=torch.float32, device=h.device)
     return _multiply(operand, matrix.to(dtype), out), largest
@@ -253,7 +250,9 @@ def forward(
     h = torch.empty(z.shape, dtype=z.dtype, device=z.device)
     final = torch.empty(initial.shape, dtype=torch.float32, device=z.device)
     start = initial.float().contiguous()
-    problem = _Problem(gamma.contiguous(), z.contiguous(), weight.contiguous(), None, reset, start, h, final, False)
+    problem = _Problem(
+        gamma.contiguous(), z.contiguous(), weight.contiguous(), None, None, reset, start, h, final, False
+    )  # fmt: skip
     with on_device(z.device):
         iterations, residual = _solve(problem, settings)
     return h, final, iterations, residual
@@ -274,15 +273,21 @@ def backward(
     z, gamma, weight, h, initial = (x.contiguous() for x in (z, gamma, weight, h, initial))
     with on_device(z.device):
         logits, largest = _logits(h, initial, weight, reset)
-        slope = torch.empty(z.shape, dtype=weight.dtype, device=z.device)
-        slope_kernel[(cdiv(z.numel(), 2048),)](z, logits, largest, slope, z.numel(), z[0].numel(), BLOCK=2048)
+        # not in bf16: each of its rounding errors would be in the adjoints of all tokens before
+        slope = torch.empty(z.shape, dtype=torch.float32 if largest is None else torch.float16, device=z.device)
+        largest_z = None if largest is None else largest_of(z)
+        slope_kernel[(cdiv(z.numel(), 2048),)](
+            z, logits, largest, slope, largest_z, z.numel(), z[0].numel(), BLOCK=2048
+        )
         adjoint = torch.empty(z.shape, dtype=torch.float32, device=z.device)
         grad_initial = torch.empty(initial.shape, dtype=torch.float32, device=z.device)
         last = (grad_h[:, -1].float() + grad_final).contiguous()
-        problem = _Problem(gamma, grad_h.contiguous(), weight, slope, reset, last, adjoint, grad_initial, True)
+        problem = _Problem(
+            gamma, grad_h.contiguous(), weight, slope, largest_z, reset, last, adjoint, grad_initial, True
+        )
         _solve(problem, settings)
         grad_z, grad_gamma = torch.empty_like(z), torch.empty_like(gamma)
-        grad_gate = slope  # no longer needed
+        grad_gate = slope.view(weight.dtype)  # no longer needed
         gradient_kernel[(z.shape[0] * z.shape[1],)](
             adjoint,
             z,

@@ -4,8 +4,8 @@ A scan that is split over time passes a state from each program to the next. A p
 smaller tickets: those have started, so they will finish, whatever order the GPU starts programs in. What is passed
 depends on the inputs alone, never on who was faster: same inputs, same bits.
 
-Data go through global memory: write them with `tl.store`, `publish` a flag; the receiver does `wait_for` on the flag
-and reads the data with `cache_modifier=".cg"`, past its own L1 cache, which may hold what was there before.
+What is passed are words in global memory, which are zero at first. A word is written once and says itself that it is
+there: no flag, no fence, and it can be asked for long before it is needed. Read words with `volatile=True`.
 """
 
 import triton
@@ -19,16 +19,17 @@ def take_ticket(counter):
 
 
 @triton.jit
-def publish(flag, value):
-    """Sets a flag (int32) after everything that the threads of this program have stored."""
-    tl.debug_barrier()
-    tl.atomic_xchg(flag, value, sem="release")
+def send(place, value, mask=None):
+    """Writes fp32 values as words that are never zero.
+
+    A word is the complement of the value's bits; only a NaN with every bit set would be zero, and it becomes another
+    NaN.
+    """
+    word = ~value.to(tl.int32, bitcast=True)
+    tl.atomic_xchg(place, tl.where(word == 0, 1, word), mask=mask, sem="relaxed")
 
 
 @triton.jit
-def wait_for(flag, at_least):
-    """Waits until a flag has reached a value; returns the flag."""
-    seen = tl.atomic_add(flag, 0, sem="acquire")
-    while seen < at_least:
-        seen = tl.atomic_add(flag, 0, sem="acquire")
-    return seen
+def received(word):
+    """The value of a word."""
+    return (~word).to(tl.float32, bitcast=True)

@@ -14,9 +14,9 @@ same time:
 
 A tile is done when the tile before it is and its own change is within its tolerance, which is half the one asked for:
 tiles that stop one by one are further from the solution, on average, than a sequence that goes on until its last tile
-may stop. The last tiles decide the final state, in fp32 and carried on; being few, they go on for longer. Past `max_iterations` a tile waits
-until the one before it is done. From then on every iteration makes one more of its tokens exact, so that after
-TILE + 1 of them the tile is exact: what does not contract is finished tile by tile.
+may stop. The last tiles decide the final state, in fp32 and carried on; being few, they go on for longer. Past
+`max_iterations` a tile waits until the one before it is done. From then on every iteration makes one more of its tokens
+exact, so that after TILE + 1 of them the tile is exact: what does not contract is finished tile by tile.
 
 Both directions are one scan of the same form; "before" and "after" a token are in the order of the scan:
 
@@ -32,8 +32,9 @@ import triton.language as tl
 from torch import Tensor
 
 from mmrec_kernels.checks import cdiv
-from mmrec_kernels.handoff import publish, take_ticket, wait_for
+from mmrec_kernels.handoff import received, send, take_ticket
 from mmrec_kernels.matmul import gate_weight_gradient
+from mmrec_kernels.operands_triton import HEADROOM, power_of_two
 from mmrec_kernels.register_tiles import scan_tile
 from mmrec_kernels.sigmoid_triton import sigmoid
 from mmrec_kernels.solver import MIN_IMPORTANCE, SolverSettings
@@ -44,12 +45,40 @@ LAST_TILES = tl.constexpr(2)
 PIPELINED = 32  # iterations at most before tiles wait for each other: every one has carries of its own
 
 LEAST_WEIGHT = tl.constexpr(MIN_IMPORTANCE)
-DONE = tl.constexpr(1 << 20)  # flag of a tile that is done, plus the number of its carries; before: that number
+SIGN = tl.constexpr(-(2**31))
 
 
 @triton.jit
 def _larger(a_1, b_1, a_2, b_2):
     return tl.maximum(a_1, a_2), tl.maximum(b_1, b_2)
+
+
+@triton.jit
+def _multiply(left, right):
+    """left · right in fp32. Of 16-bit operands the left one is given as the sum of two.
+
+    Rounded to one, it would move the states by 1e−3 of the largest one, and the iteration would not settle within less:
+    its rounding error is multiplied as well.
+    """
+    if right.dtype == tl.float32:
+        product = tl.dot(left, right, input_precision="tf32x3")
+    else:
+        if right.dtype == tl.float16:  # the sum of two reaches 1.3e5; a gate saturates there
+            left = tl.clamp(left, -131008.0, 131008.0, propagate_nan=tl.PropagateNan.ALL)
+            rounded = tl.clamp(left, -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL).to(right.dtype)
+        else:
+            rounded = left.to(right.dtype)
+        product = tl.dot(rounded, right)
+        product = tl.dot((left - rounded.to(tl.float32)).to(right.dtype), right, product)
+    return product
+
+
+@triton.jit
+def _slope(stored):
+    """s as the adjoint keeps it, fp32; with W in bf16 it is fp16, scaled."""
+    if stored.dtype == tl.bfloat16:
+        stored = stored.to(tl.float16, bitcast=True)
+    return stored.to(tl.float32)
 
 
 @triton.jit
@@ -59,11 +88,19 @@ def _before(h_ptr, initial, offset, inside, earliest, keep, H: tl.constexpr, d: 
     return tl.where(earliest, initial[None, :], h) * keep
 
 
+@triton.jit
+def _words(carry_ptr, scale_ptr, tile, channel, n, max_iterations, tiles, wanted, d: tl.constexpr):
+    """What a tile hands on in iteration n: words of its carry [d] and its scale; see `_solve_kernel`."""
+    slot = tl.minimum(n, max_iterations + 1).to(tl.int64) * tiles + tile
+    carry = tl.load(carry_ptr + slot * d + channel, mask=wanted & (channel < d), other=0, volatile=True)
+    return carry, tl.load(scale_ptr + slot, mask=wanted, other=0, volatile=True)
+
+
 @triton.jit(do_not_specialize=["shift"])
 def _solve_kernel(
     z_ptr, gamma_ptr, weight_ptr, initial_ptr, reset_ptr, h_ptr, grad_ptr, carry_in_ptr,
     final_ptr, grad_z_ptr, grad_gamma_ptr, grad_gate_ptr,
-    carry_ptr, scale_ptr, flags_ptr, iterations_ptr, residual_ptr,
+    counter_ptr, carry_ptr, scale_ptr, iterations_ptr, residual_ptr,
     rows, length, tolerance, max_iterations, shift,
     H: tl.constexpr, d: tl.constexpr, TILE: tl.constexpr, RESETS: tl.constexpr, ADJOINT: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -74,12 +111,12 @@ def _solve_kernel(
     reset [rows, length]. Of the forward pass h and final are outputs, carry_in is the initial state. Of the adjoint h
     is an input, carry_in the adjoint of the last token, final the gradient of the initial state; until its end the
     tile keeps s in grad_gate.
-    carry: [max_iterations + 2, tiles, d] and scale [max_iterations + 2, tiles], fp32, what tiles hand on in each
-    iteration.
-    flags: [1 + tiles] int32, zero: the ticket counter and the tiles' flags. shift: 0, which the compiler must not
-    know: of aligned rows it would load several channels a thread at once, and then scan in that layout, across threads.
+    counter: int32, zero, for tickets. carry: [max_iterations + 2, tiles, d] and scale [max_iterations + 2, tiles],
+    zero: words that tiles hand on in each iteration; the scale's sign says that the tile is done. shift: 0, which the
+    compiler must not know: of aligned rows it would load several channels a thread at once, and then scan in that
+    layout, across threads.
     """
-    ticket = take_ticket(flags_ptr)
+    ticket = take_ticket(counter_ptr)
     tiles = tl.num_programs(0)
     step = ticket // (rows * H)
     chunk = tl.cdiv(length, TILE) - 1 - step if ADJOINT else step
@@ -106,11 +143,16 @@ def _solve_kernel(
         gamma *= keep
     weight_offset = head * d * d + channel[:, None] * d + channel[None, :]
     weight = tl.load(weight_ptr + weight_offset)
+    unscale = keep
     if ADJOINT:
         initial = tl.load(initial_ptr + state_offset)
         h_before = _before(h_ptr, initial, offset, inside, earliest, keep, H, d)
-        gate = sigmoid(tl.dot(h_before.to(weight.dtype), tl.trans(weight), input_precision="tf32x3"))
+        gate = sigmoid(_multiply(h_before, tl.trans(weight)))
         slope = tl.load(z_ptr + offset, mask=inside, other=0.0).to(tl.float32) * gate * (1.0 - gate)
+        if weight.dtype == tl.bfloat16:  # its rounding error would be in the adjoints of all tokens before
+            slope_scale = power_of_two(tl.max(tl.max(tl.abs(slope), 0), 0).to(tl.int32, bitcast=True), HEADROOM)
+            slope = (slope * slope_scale).to(tl.float16).to(weight.dtype, bitcast=True)
+            unscale = keep / slope_scale
         tl.store(grad_gate_ptr + offset, slope.to(weight.dtype), mask=inside)
         tl.debug_barrier()
         operand = weight
@@ -129,18 +171,20 @@ def _solve_kernel(
     before_scale = 0.0
     final = step == 0  # whether the tile before is done: then its carry stays, and nobody is waited for any more
     done = False
+    previous = ticket - rows * H
+    carry_word, scale_word = _words(carry_ptr, scale_ptr, previous, channel, 0, max_iterations, tiles, not final, d)
     while not done:
         if not final:
-            previous = ticket - rows * H
-            flag = wait_for(flags_ptr + 1 + previous, tl.where(n <= max_iterations, n + 1, DONE))
-            last = tl.where(flag >= DONE, flag - DONE - 1, DONE)
-            final = last <= n
-            slot = tl.minimum(last, n).to(tl.int64) * tiles + previous
-            carry = tl.load(carry_ptr + slot * d + channel, cache_modifier=".cg")
-            before_scale = tl.load(scale_ptr + slot, cache_modifier=".cg")
+            while (scale_word == 0) | (tl.min((carry_word != 0).to(tl.int32)) == 0):
+                carry_word, scale_word = _words(
+                    carry_ptr, scale_ptr, previous, channel, n, max_iterations, tiles, True, d
+                )
+            carry = received(carry_word)
+            before_scale = tl.abs(received(scale_word))
+            final = received(scale_word).to(tl.int32, bitcast=True) < 0
         if ADJOINT:
             grad_before = tl.load(grad_ptr + offset - H * d, mask=inside & ~earliest, other=0.0).to(tl.float32)
-            before, after = scan_tile(gamma, product * keep + grad_before, carry)
+            before, after = scan_tile(gamma, product * unscale + grad_before, carry)
             new = tl.maximum(1.0 - gamma, LEAST_WEIGHT) * before
         else:
             z = tl.load(z_ptr + offset, mask=inside, other=0.0).to(tl.float32)
@@ -158,31 +202,24 @@ def _solve_kernel(
         # NaN compares false: it ends the iteration, but not token by token (tolerance < 0)
         done = final & (((tolerance >= 0.0) & (not (relative_change > tolerance))) | (exact > TILE))
         if done | (n <= max_iterations):
-            mine = tl.minimum(n, max_iterations + 1)
-            slot = mine.to(tl.int64) * tiles + ticket
-            tl.store(carry_ptr + slot * d + channel, carry_out)
-            tl.store(scale_ptr + slot, scale)
-            publish(flags_ptr + 1 + ticket, tl.where(done, DONE, 0) + mine + 1)
+            slot = tl.minimum(n, max_iterations + 1).to(tl.int64) * tiles + ticket
+            send(carry_ptr + slot * d + channel, carry_out)
+            sign = tl.where(done, SIGN, 0)
+            send(scale_ptr + slot, (scale.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True))
         if not done:
-            factor = tl.load(grad_gate_ptr + offset, mask=inside, other=0.0).to(tl.float32) if ADJOINT else keep
-            # A 16-bit operand would move the states by 1e-3 of the largest one, and the iteration would not settle
-            # within less: its rounding error is multiplied as well
-            left = before * factor
-            if weight.dtype == tl.float16:  # the sum of two reaches 1.3e5; a gate saturates there
-                left = tl.clamp(left, -131008.0, 131008.0, propagate_nan=tl.PropagateNan.ALL)
-                rounded = tl.clamp(left, -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL).to(weight.dtype)
-            else:
-                rounded = left.to(weight.dtype)
-            product = tl.dot(rounded, operand, input_precision="tf32x3")
-            if weight.dtype != tl.float32:
-                product = tl.dot((left - rounded.to(tl.float32)).to(weight.dtype), operand, product)
+            # asked for early: mostly it has been there for long
+            carry_word, scale_word = _words(
+                carry_ptr, scale_ptr, previous, channel, n + 1, max_iterations, tiles, not final, d
+            )
+            factor = _slope(tl.load(grad_gate_ptr + offset, mask=inside, other=0.0)) if ADJOINT else keep
+            product = _multiply(before * factor, operand)
         n += 1
 
     if ADJOINT:
         # loaded and computed again, not kept in registers through the iteration
         h_before = _before(h_ptr, initial, offset, inside, earliest, keep, H, d)
         tl.store(grad_gamma_ptr + offset, (before * h_before).to(grad_gamma_ptr.dtype.element_ty), mask=inside)
-        gate = sigmoid(tl.dot(h_before.to(weight.dtype), tl.trans(weight), input_precision="tf32x3"))
+        gate = sigmoid(_multiply(h_before, tl.trans(weight)))
         tl.store(grad_z_ptr + offset, (before * gate).to(grad_z_ptr.dtype.element_ty), mask=inside)
         slope = tl.load(z_ptr + offset, mask=inside, other=0.0).to(tl.float32) * gate * (1.0 - gate)
         tl.store(grad_gate_ptr + offset, (before * slope * keep).to(weight.dtype), mask=inside)
@@ -211,16 +248,17 @@ def _solve(
     sequential = settings.solver == "sequential"
     max_iterations = -1 if sequential else min(settings.max_iterations, PIPELINED)
     empty = z.new_empty
-    flags = torch.zeros(1 + tiles, dtype=torch.int32, device=z.device)
+    slots = max_iterations + 2
+    words = torch.zeros(slots * tiles * (width + 1) + 1, dtype=torch.int32, device=z.device)
+    carry, scale, counter = words.split([slots * tiles * width, slots * tiles, 1])
     iterations = empty((steps, batch, heads), dtype=torch.int32)
     residual = empty((steps, batch, heads), dtype=torch.float32)
     unused = dict.fromkeys(("h_ptr", "grad_ptr", "initial_ptr", "grad_z_ptr", "grad_gamma_ptr", "grad_gate_ptr"))
     _solve_kernel[(tiles,)](
         **(unused | arguments),
         z_ptr=z, weight_ptr=weight,
-        carry_ptr=empty((max_iterations + 2, tiles, width), dtype=torch.float32),
-        scale_ptr=empty((max_iterations + 2, tiles), dtype=torch.float32),
-        flags_ptr=flags, iterations_ptr=iterations, residual_ptr=residual,
+        counter_ptr=counter, carry_ptr=carry, scale_ptr=scale,
+        iterations_ptr=iterations, residual_ptr=residual,
         rows=batch, length=length, max_iterations=max_iterations, shift=0,
         tolerance=-1.0 if sequential else settings.tolerance,
         H=heads, d=width, TILE=TILE, WHOLE=length % TILE == 0, RESETS=arguments["reset_ptr"] is not None,

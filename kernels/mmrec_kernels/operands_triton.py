@@ -35,10 +35,13 @@ def _largest_kernel(x, largest, size, BLOCK: tl.constexpr):
     tl.atomic_max(largest + row, tl.max(most, 0), sem="relaxed")
 
 
-def raise_largest(largest: Tensor, x: Tensor) -> None:
-    """Raises largest [B] int32 to the bits of the largest absolute value in each row of x [B, ...], contiguous."""
-    size = x[0].numel()
-    _largest_kernel[(min(cdiv(size, 4096), 512), len(x))](x, largest, size, BLOCK=4096)
+def largest_of(*tensors: Tensor) -> Tensor:
+    """[B] int32: the bits of the largest absolute value in each row of some [B, ...], contiguous."""
+    largest = torch.zeros(len(tensors[0]), dtype=torch.int32, device=tensors[0].device)
+    for x in tensors:
+        size = x[0].numel()
+        _largest_kernel[(min(cdiv(size, 4096), 512), len(x))](x, largest, size, BLOCK=4096)
+    return largest
 
 
 @triton.jit

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from mmrec_kernels.backend import interpreted
 from mmrec_kernels.checks import cdiv
+from mmrec_kernels.handoff import received, send
 
 BLOCK_D = 64
 STEPS = 64
@@ -49,22 +50,6 @@ def handoff_words(scans: int, length: int, states: int, device: torch.device, st
     supergroups = cdiv(groups, GROUP)
     words = 4 + (2 * tiles + 2 * groups + supergroups) * states
     return torch.zeros(scans, words, dtype=torch.int32, device=device)
-
-
-@triton.jit
-def _send(place, value, mask):
-    """Writes fp32 values as words that are never zero: zero says that nothing has been written yet.
-
-    A word is the complement of the value's bits; only a NaN with every bit set would be zero, and it becomes another
-    NaN. A word is written at once and says itself that it is there: no flag, no fence.
-    """
-    word = ~value.to(tl.int32, bitcast=True)
-    tl.atomic_xchg(place, tl.where(word == 0, 1, word), mask=mask, sem="relaxed")
-
-
-@triton.jit
-def _value(word):
-    return (~word).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -93,9 +78,9 @@ def _combine(words, count, GROUP: tl.constexpr):
     state = tl.zeros(words[0].shape, tl.float32)
     for i in tl.static_range(GROUP - 1):
         if i < count:
-            factor = _value(words[2 * i])
+            factor = received(words[2 * i])
             decay = factor * decay
-            state = factor * state + _value(words[2 * i + 1])
+            state = factor * state + received(words[2 * i + 1])
     return decay, state
 
 
@@ -111,8 +96,8 @@ def publish_tile(words, states, chunk, index, mask, decay, state):
         decay, state: fp32, of that shape.
     """
     place = words + 2 * chunk.to(tl.int64) * states + index
-    _send(place, decay, mask)
-    _send(place + states, state, mask)
+    send(place, decay, mask)
+    send(place + states, state, mask)
 
 
 @triton.jit
@@ -144,18 +129,18 @@ def look_back(words, states, chunk, chunks, index, mask, decay, state, initial, 
     group_decay = decay * before_decay
     group_state = decay * before_state + state
     if tile_count == GROUP - 1:
-        _send(group_place + 2 * group_count * states, group_decay, mask)
-        _send(group_place + (2 * group_count + 1) * states, group_state, mask)
+        send(group_place + 2 * group_count * states, group_decay, mask)
+        send(group_place + (2 * group_count + 1) * states, group_state, mask)
 
     while not _all_there(group_pairs):
         group_pairs = _load_pairs(group_place, states, group_count, mask, GROUP)
     groups_decay, groups_state = _combine(group_pairs, group_count, GROUP)
     while not _all_there((entering,)):
         entering = tl.load(above_place - states, mask & (above > 0), other=-1, volatile=True)
-    start = tl.where(above > 0, _value(entering), initial)
+    start = tl.where(above > 0, received(entering), initial)
     start = groups_decay * start + groups_state
     if (tile_count == GROUP - 1) & (group_count == GROUP - 1):
-        _send(above_place, group_decay * start + group_state, mask)
+        send(above_place, group_decay * start + group_state, mask)
     return before_decay * start + before_state
 
 
