@@ -204,8 +204,8 @@ def _product_tile(
 def refine_kernel(
     gamma, source, products, largest, matrix, factor, largest_factor, reset, initial, operand, value, final, changes,
     sizes, iterations, words, change_words, word_count, meeting, batch, length, shift, tolerance, planned,
-    max_iterations, N_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr, D: tl.constexpr, HEAD: tl.constexpr, ADJOINT: tl.constexpr,
-    WHOLE: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr, GROUP: tl.constexpr,
+    max_iterations, N_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr, D: tl.constexpr, HEAD: tl.constexpr,
+    ADJOINT: tl.constexpr, WHOLE: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Goes on iterating until every row has converged or the iterations are spent. All programs run at once.

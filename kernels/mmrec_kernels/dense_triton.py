@@ -79,9 +79,10 @@ class _Operands:
     With W in 16 bit, operands are scaled, by row, by the power of two that brings the recurrence's largest input near
     2^HEADROOM; scales stay on the device. fp32 operands are taken as they are.
 
-    Wide layers have every other product in 8 bits, which takes half the time, the last one among them: it adds to the
-    product before it that of what has changed since (e5m2), of which 8 bits say enough. Only the first product, which
-    has none before it, is in 8 bits as a whole (e4m3).
+    The last planned product of such operands is an increment: that of what has changed since the product before, to
+    which it is added, so that the rounding of whole operands does not reach the result. Wide layers have every other
+    product in 8 bits, which takes half the time: increments (e5m2), of which 8 bits say enough, and the first product,
+    which has none before it (e4m3).
     """
 
     def __init__(self, problem: _Problem, planned: int, limit: int):
@@ -118,20 +119,20 @@ class _Operands:
 
     def increment(self, n: int) -> bool:
         """Whether the product of iteration n is what has to be added to the one before."""
-        return n > 1 and self._low(n)
+        return n > 1 and self.largest is not None and (self._low(n) or n == self.planned)
 
     def after(self, n: int) -> tuple[Tensor, Tensor | None]:
         """Where iteration n writes its operand, and what to subtract from it."""
-        if self.increment(n + 1):
-            return self.low_operand.view(torch.float8_e5m2), self.operand
-        return self.low_operand if self._low(n + 1) else self.operand, None
+        low, increment = self._low(n + 1), self.increment(n + 1)
+        operand = self.low_operand if low else self.operand
+        return operand.view(torch.float8_e5m2) if low and increment else operand, self.operand if increment else None
 
     def product(self, n: int) -> tuple[Tensor, Tensor | None]:
         """The product of iteration n ≥ 1, and what its matrix is scaled by (bits)."""
         if not self._low(n):
-            # the last one is added to it there, and the iteration after that looks for it there
-            out = self.products[(self.planned if self.any_low else n) % 2]
-            return _multiply(self.operand, self.matrix, out), None
+            # an increment is added to the one before it, there, and the iteration after that looks for it there
+            place = n if self.largest is None else self.planned + self.increment(n)
+            return _multiply(self.operand, self.matrix, self.products[place % 2]), None
         operand, result = self.low_operand, self.low_product
         if self.increment(n):
             operand = operand.view(torch.float8_e5m2)

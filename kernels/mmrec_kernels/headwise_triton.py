@@ -42,6 +42,7 @@ from mmrec_kernels.time_tiles import on_device
 
 TILE = 64
 LAST_TILES = tl.constexpr(2)
+WARPS = tl.constexpr(4)  # of a program
 PIPELINED = 32  # iterations at most before tiles wait for each other: every one has carries of its own
 
 LEAST_WEIGHT = tl.constexpr(MIN_IMPORTANCE)
@@ -89,11 +90,18 @@ def _before(h_ptr, initial, offset, inside, earliest, keep, H: tl.constexpr, d: 
 
 
 @triton.jit
-def _words(carry_ptr, scale_ptr, tile, channel, n, max_iterations, tiles, wanted, d: tl.constexpr):
-    """What a tile hands on in iteration n: words of its carry [d] and its scale; see `_solve_kernel`."""
-    slot = tl.minimum(n, max_iterations + 1).to(tl.int64) * tiles + tile
-    carry = tl.load(carry_ptr + slot * d + channel, mask=wanted & (channel < d), other=0, volatile=True)
-    return carry, tl.load(scale_ptr + slot, mask=wanted, other=0, volatile=True)
+def _slot(n, max_iterations, tiles, tile):
+    """Where a tile hands on what it has in iteration n."""
+    return tl.minimum(n, max_iterations + 1).to(tl.int64) * tiles + tile
+
+
+@triton.jit
+def _words(carry_ptr, scale_ptr, slot, channel, wanted, d: tl.constexpr):
+    """The words of a carry [d] and of its scale."""
+    mask = wanted & (channel < d)
+    carry = tl.load(carry_ptr + slot * d + channel, mask=mask, other=0, volatile=True)
+    scale = tl.load(scale_ptr + slot, mask=wanted, other=0, volatile=True)
+    return carry, scale
 
 
 @triton.jit(do_not_specialize=["shift"])
@@ -172,16 +180,19 @@ def _solve_kernel(
     final = step == 0  # whether the tile before is done: then its carry stays, and nobody is waited for any more
     done = False
     previous = ticket - rows * H
-    carry_word, scale_word = _words(carry_ptr, scale_ptr, previous, channel, 0, max_iterations, tiles, not final, d)
+    slot = _slot(0, max_iterations, tiles, previous)
+    carry_word, scale_word = _words(carry_ptr, scale_ptr, slot, channel, not final, d)
     while not done:
         if not final:
-            while (scale_word == 0) | (tl.min((carry_word != 0).to(tl.int32)) == 0):
-                carry_word, scale_word = _words(
-                    carry_ptr, scale_ptr, previous, channel, n, max_iterations, tiles, True, d
-                )
+            slot = _slot(n, max_iterations, tiles, previous)
+            # each thread loads for itself, and has to have seen what the others have
+            while tl.min(((carry_word != 0) & (scale_word != 0)).to(tl.int32)) == 0:
+                carry_word, scale_word = _words(carry_ptr, scale_ptr, slot, channel, True, d)
+            if d < 32 * WARPS:  # several threads load the same word, and only one of them was asked
+                carry_word, scale_word = _words(carry_ptr, scale_ptr, slot, channel, True, d)
             carry = received(carry_word)
             before_scale = tl.abs(received(scale_word))
-            final = received(scale_word).to(tl.int32, bitcast=True) < 0
+            final = ~scale_word < 0
         if ADJOINT:
             grad_before = tl.load(grad_ptr + offset - H * d, mask=inside & ~earliest, other=0.0).to(tl.float32)
             before, after = scan_tile(gamma, product * unscale + grad_before, carry)
@@ -202,15 +213,14 @@ def _solve_kernel(
         # NaN compares false: it ends the iteration, but not token by token (tolerance < 0)
         done = final & (((tolerance >= 0.0) & (not (relative_change > tolerance))) | (exact > TILE))
         if done | (n <= max_iterations):
-            slot = tl.minimum(n, max_iterations + 1).to(tl.int64) * tiles + ticket
+            slot = _slot(n, max_iterations, tiles, ticket)
             send(carry_ptr + slot * d + channel, carry_out)
             sign = tl.where(done, SIGN, 0)
             send(scale_ptr + slot, (scale.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True))
         if not done:
             # asked for early: mostly it has been there for long
-            carry_word, scale_word = _words(
-                carry_ptr, scale_ptr, previous, channel, n + 1, max_iterations, tiles, not final, d
-            )
+            slot = _slot(n + 1, max_iterations, tiles, previous)
+            carry_word, scale_word = _words(carry_ptr, scale_ptr, slot, channel, not final, d)
             factor = _slope(tl.load(grad_gate_ptr + offset, mask=inside, other=0.0)) if ADJOINT else keep
             product = _multiply(before * factor, operand)
         n += 1
@@ -262,7 +272,7 @@ def _solve(
         rows=batch, length=length, max_iterations=max_iterations, shift=0,
         tolerance=-1.0 if sequential else settings.tolerance,
         H=heads, d=width, TILE=TILE, WHOLE=length % TILE == 0, RESETS=arguments["reset_ptr"] is not None,
-        ADJOINT=adjoint, num_warps=4,
+        ADJOINT=adjoint, num_warps=WARPS.value,
     )  # fmt: skip
     if sequential:
         return torch.zeros_like(iterations[0, :, 0]), torch.zeros_like(residual[0, :, 0])
