@@ -337,6 +337,7 @@ def slope_kernel(z, logits, largest, slope, largest_z, count, row_size, BLOCK: t
     value = tl.load(z + at, inside, other=0.0).to(tl.float32)
     if largest is not None:
         a /= power_of_two(tl.load(largest + at // row_size, inside, other=0), HEADROOM)
+    if largest_z is not None:
         value *= power_of_two(tl.load(largest_z + at // row_size, inside, other=0), HEADROOM)
     gate = sigmoid(a)
     tl.store(slope + at, (value * gate * (1.0 - gate)).to(slope.dtype.element_ty), inside)

@@ -274,9 +274,10 @@ def backward(
     z, gamma, weight, h, initial = (x.contiguous() for x in (z, gamma, weight, h, initial))
     with on_device(z.device):
         logits, largest = _logits(h, initial, weight, reset)
-        # not in bf16: each of its rounding errors would be in the adjoints of all tokens before
-        slope = torch.empty(z.shape, dtype=torch.float32 if largest is None else torch.float16, device=z.device)
-        largest_z = None if largest is None else largest_of(z)
+        # with more bits than W: each of its rounding errors is in the adjoints of all tokens before
+        half = weight.dtype == torch.bfloat16
+        slope = torch.empty(z.shape, dtype=torch.float16 if half else torch.float32, device=z.device)
+        largest_z = largest_of(z) if half else None
         slope_kernel[(cdiv(z.numel(), 2048),)](
             z, logits, largest, slope, largest_z, z.numel(), z[0].numel(), BLOCK=2048
         )
@@ -288,7 +289,7 @@ def backward(
         )
         _solve(problem, settings)
         grad_z, grad_gamma = torch.empty_like(z), torch.empty_like(gamma)
-        grad_gate = slope.view(weight.dtype)  # no longer needed
+        grad_gate = torch.empty_like(z, dtype=weight.dtype)
         gradient_kernel[(z.shape[0] * z.shape[1],)](
             adjoint,
             z,

@@ -34,7 +34,6 @@ from torch import Tensor
 from mmrec_kernels.checks import cdiv
 from mmrec_kernels.handoff import received, send, take_ticket
 from mmrec_kernels.matmul import gate_weight_gradient
-from mmrec_kernels.operands_triton import HEADROOM, power_of_two
 from mmrec_kernels.register_tiles import scan_tile
 from mmrec_kernels.sigmoid_triton import sigmoid
 from mmrec_kernels.solver import MIN_IMPORTANCE, SolverSettings
@@ -42,6 +41,7 @@ from mmrec_kernels.time_tiles import on_device
 
 TILE = 64
 LAST_TILES = tl.constexpr(2)
+COARSE = tl.constexpr(2.0**-5)  # the change down to which a product's left operand has 16 bits
 WARPS = tl.constexpr(4)  # of a program
 PIPELINED = 32  # iterations at most before tiles wait for each other: every one has carries of its own
 
@@ -55,11 +55,11 @@ def _larger(a_1, b_1, a_2, b_2):
 
 
 @triton.jit
-def _multiply(left, right):
-    """left · right in fp32. Of 16-bit operands the left one is given as the sum of two.
+def _multiply(left, right, precise):
+    """left · right in fp32. Of 16-bit operands the left one is given as the sum of two, if `precise`.
 
-    Rounded to one, it would move the states by 1e−3 of the largest one, and the iteration would not settle within less:
-    its rounding error is multiplied as well.
+    Rounded to one, it moves the states by 1e−3 of the largest one, and the iteration would not settle within less: its
+    rounding error is multiplied as well. As long as they move by much more, one will do.
     """
     if right.dtype == tl.float32:
         product = tl.dot(left, right, input_precision="tf32x3")
@@ -69,17 +69,12 @@ def _multiply(left, right):
             rounded = tl.clamp(left, -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL).to(right.dtype)
         else:
             rounded = left.to(right.dtype)
-        product = tl.dot(rounded, right)
-        product = tl.dot((left - rounded.to(tl.float32)).to(right.dtype), right, product)
+        if precise:
+            product = tl.dot(rounded, right)
+            product = tl.dot((left - rounded.to(tl.float32)).to(right.dtype), right, product)
+        else:
+            product = tl.dot(rounded, right)
     return product
-
-
-@triton.jit
-def _slope(stored):
-    """s as the adjoint keeps it, fp32; with W in bf16 it is fp16, scaled."""
-    if stored.dtype == tl.bfloat16:
-        stored = stored.to(tl.float16, bitcast=True)
-    return stored.to(tl.float32)
 
 
 @triton.jit
@@ -107,7 +102,7 @@ def _words(carry_ptr, scale_ptr, slot, channel, wanted, d: tl.constexpr):
 @triton.jit(do_not_specialize=["shift"])
 def _solve_kernel(
     z_ptr, gamma_ptr, weight_ptr, initial_ptr, reset_ptr, h_ptr, grad_ptr, carry_in_ptr,
-    final_ptr, grad_z_ptr, grad_gamma_ptr, grad_gate_ptr,
+    final_ptr, slope_ptr, grad_z_ptr, grad_gamma_ptr, grad_gate_ptr,
     counter_ptr, carry_ptr, scale_ptr, iterations_ptr, residual_ptr,
     rows, length, tolerance, max_iterations, shift,
     H: tl.constexpr, d: tl.constexpr, TILE: tl.constexpr, RESETS: tl.constexpr, ADJOINT: tl.constexpr,
@@ -117,8 +112,8 @@ def _solve_kernel(
 
     z, gamma, h, grad, grad_*: [rows, length, H, d]; weight [H, d, d]; initial, carry_in, final [rows, H, d] fp32;
     reset [rows, length]. Of the forward pass h and final are outputs, carry_in is the initial state. Of the adjoint h
-    is an input, carry_in the adjoint of the last token, final the gradient of the initial state; until its end the
-    tile keeps s in grad_gate.
+    is an input, carry_in the adjoint of the last token, final the gradient of the initial state; slope is
+    where it keeps s, like z but fp32: rounded to 16 bits its error would be in the adjoints of all tokens before.
     counter: int32, zero, for tickets. carry: [max_iterations + 2, tiles, d] and scale [max_iterations + 2, tiles],
     zero: words that tiles hand on in each iteration; the scale's sign says that the tile is done. shift: 0, which the
     compiler must not know: of aligned rows it would load several channels a thread at once, and then scan in that
@@ -151,17 +146,12 @@ def _solve_kernel(
         gamma *= keep
     weight_offset = head * d * d + channel[:, None] * d + channel[None, :]
     weight = tl.load(weight_ptr + weight_offset)
-    unscale = keep
     if ADJOINT:
         initial = tl.load(initial_ptr + state_offset)
         h_before = _before(h_ptr, initial, offset, inside, earliest, keep, H, d)
-        gate = sigmoid(_multiply(h_before, tl.trans(weight)))
+        gate = sigmoid(_multiply(h_before, tl.trans(weight), True))
         slope = tl.load(z_ptr + offset, mask=inside, other=0.0).to(tl.float32) * gate * (1.0 - gate)
-        if weight.dtype == tl.bfloat16:  # its rounding error would be in the adjoints of all tokens before
-            slope_scale = power_of_two(tl.max(tl.max(tl.abs(slope), 0), 0).to(tl.int32, bitcast=True), HEADROOM)
-            slope = (slope * slope_scale).to(tl.float16).to(weight.dtype, bitcast=True)
-            unscale = keep / slope_scale
-        tl.store(grad_gate_ptr + offset, slope.to(weight.dtype), mask=inside)
+        tl.store(slope_ptr + offset, slope, mask=inside)
         tl.debug_barrier()
         operand = weight
     else:
@@ -195,7 +185,7 @@ def _solve_kernel(
             final = ~scale_word < 0
         if ADJOINT:
             grad_before = tl.load(grad_ptr + offset - H * d, mask=inside & ~earliest, other=0.0).to(tl.float32)
-            before, after = scan_tile(gamma, product * unscale + grad_before, carry)
+            before, after = scan_tile(gamma, product * keep + grad_before, carry)
             new = tl.maximum(1.0 - gamma, LEAST_WEIGHT) * before
         else:
             z = tl.load(z_ptr + offset, mask=inside, other=0.0).to(tl.float32)
@@ -221,15 +211,16 @@ def _solve_kernel(
             # asked for early: mostly it has been there for long
             slot = _slot(n + 1, max_iterations, tiles, previous)
             carry_word, scale_word = _words(carry_ptr, scale_ptr, slot, channel, not final, d)
-            factor = _slope(tl.load(grad_gate_ptr + offset, mask=inside, other=0.0)) if ADJOINT else keep
-            product = _multiply(before * factor, operand)
+            factor = tl.load(slope_ptr + offset, mask=inside, other=0.0) if ADJOINT else keep
+            precise = (relative_change < COARSE) | (n >= max_iterations)
+            product = _multiply(before * factor, operand, precise)
         n += 1
 
     if ADJOINT:
         # loaded and computed again, not kept in registers through the iteration
         h_before = _before(h_ptr, initial, offset, inside, earliest, keep, H, d)
         tl.store(grad_gamma_ptr + offset, (before * h_before).to(grad_gamma_ptr.dtype.element_ty), mask=inside)
-        gate = sigmoid(_multiply(h_before, tl.trans(weight)))
+        gate = sigmoid(_multiply(h_before, tl.trans(weight), True))
         tl.store(grad_z_ptr + offset, (before * gate).to(grad_z_ptr.dtype.element_ty), mask=inside)
         slope = tl.load(z_ptr + offset, mask=inside, other=0.0).to(tl.float32) * gate * (1.0 - gate)
         tl.store(grad_gate_ptr + offset, (before * slope * keep).to(weight.dtype), mask=inside)
@@ -263,9 +254,9 @@ def _solve(
     carry, scale, counter = words.split([slots * tiles * width, slots * tiles, 1])
     iterations = empty((steps, batch, heads), dtype=torch.int32)
     residual = empty((steps, batch, heads), dtype=torch.float32)
-    unused = dict.fromkeys(("h_ptr", "grad_ptr", "initial_ptr", "grad_z_ptr", "grad_gamma_ptr", "grad_gate_ptr"))
+    adjoint_only = ("grad_ptr", "initial_ptr", "slope_ptr", "grad_z_ptr", "grad_gamma_ptr", "grad_gate_ptr")
     _solve_kernel[(tiles,)](
-        **(unused | arguments),
+        **(dict.fromkeys(adjoint_only) | arguments),
         z_ptr=z, weight_ptr=weight,
         counter_ptr=counter, carry_ptr=carry, scale_ptr=scale,
         iterations_ptr=iterations, residual_ptr=residual,
@@ -310,11 +301,12 @@ def backward(
     initial = initial.float().contiguous()
     grad_z, grad_gamma = torch.empty_like(z), torch.empty_like(gamma)
     grad_gate = torch.empty_like(z, dtype=weight.dtype)
+    slope = torch.empty_like(z, dtype=torch.float32)
     grad_initial = torch.empty_like(initial)
     arguments = dict(
         gamma_ptr=gamma, reset_ptr=reset, carry_in_ptr=(grad_h[:, -1].float() + grad_final).contiguous(), h_ptr=h,
         grad_ptr=grad_h.contiguous(), initial_ptr=initial, final_ptr=grad_initial,
-        grad_z_ptr=grad_z, grad_gamma_ptr=grad_gamma, grad_gate_ptr=grad_gate,
+        slope_ptr=slope, grad_z_ptr=grad_z, grad_gamma_ptr=grad_gamma, grad_gate_ptr=grad_gate,
     )  # fmt: skip
     with on_device(z.device):
         _solve(arguments, z, weight, True, settings)
