@@ -170,13 +170,13 @@ def test_16_bit_inputs_in_any_mix(monkeypatch, device, length, width, heads, dty
         assert relative_error(a, e) <= max(2 * relative_error(p, e), 6e-5)
 
 
-@pytest.mark.parametrize("length, width, heads", [(160, 32, 2), (40, 24, None)], ids=["headwise", "dense"])
+@pytest.mark.parametrize("length, width, heads", [(160, 128, 8), (40, 24, None)], ids=["headwise", "dense"])
 @pytest.mark.parametrize("input_dtype", [torch.float16, torch.float32])
 def test_at_the_default_tolerance_a_16_bit_gate_is_as_exact_as_in_pytorch(
     monkeypatch, device, length, width, heads, input_dtype
 ):
     """Also in what is returned in fp32, though tiles stop one by one, and operands have 16 bits."""
-    *inputs, reset = problem(4, length, width, heads, seed=8)
+    *inputs, reset = problem(1, length, width, heads, seed=10)
     dtypes = [input_dtype, input_dtype, torch.float16, torch.float32]
     rounded = cast(inputs, device, *dtypes)
     expected = run(reference.gated_recurrence, cast(rounded, device, torch.float64), reset)
