@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 
 from mmrec_train.errors import UserError
 from mmrec_train.plain_text import only_text
+from mmrec_train.preparation import long_texts
 from mmrec_train.preparation.filters import OUTCOMES, Filters, is_held_out
 from mmrec_train.preparation.records import Batch, Extraction
 
@@ -78,16 +79,22 @@ class BatchEncoder:
             held_out = is_held_out(xxhash.xxh3_64_intdigest(data), treatment.validation_fraction)
             rows.append((int(held_out), 0, len(data), document.replaced, xxhash.xxh3_128_digest(data)))
             texts.append(document.text)
-        parts = [self._encode(encoding.ids) for encoding in self._backend.encode_batch_fast(texts, False, False)]
+        parts = self._encode(texts)
         documents = np.array(rows, dtype=DOCUMENT)
         documents["tokens"][is_kept(documents)] = [len(part) for part in parts]
         return Encoded(documents, np.concatenate([np.empty(0, self._dtype), *parts]))
 
-    def _encode(self, ids: list[int]) -> np.ndarray:
-        document = np.empty(len(ids) + 1, dtype=self._dtype)
-        document[0] = self._bos
-        document[1:] = ids
-        return document
+    def _encode(self, texts: list[str]) -> list[np.ndarray]:
+        short = [text for text in texts if len(text) <= long_texts.PIECE]
+        encodings = iter(self._backend.encode_batch_fast(short, False, False))
+        parts = []
+        for text in texts:
+            if len(text) <= long_texts.PIECE:
+                ids = [np.array(next(encodings).ids, dtype=self._dtype)]
+            else:
+                ids = [part.astype(self._dtype) for part in long_texts.encode(self._backend, text)]
+            parts.append(np.concatenate([np.array([self._bos], dtype=self._dtype), *ids]))
+        return parts
 
 
 def is_kept(documents: np.ndarray) -> np.ndarray:

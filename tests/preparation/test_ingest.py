@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from mmrec_train.data.dataset import open_dataset
 from mmrec_train.data.manifest import read_manifest
-from mmrec_train.data.tokenizer import train_tokenizer
+from mmrec_train.data.tokenizer import Encoder, pretrained_tokenizer, train_tokenizer
 from mmrec_train.errors import UserError
-from mmrec_train.preparation import ingest
+from mmrec_train.preparation import ingest, long_texts
 from mmrec_train.preparation.ingest import Progress, Settings, prepare
 from mmrec_train.preparation.shards import SplitWriter
 from tests.preparation.texts import TEXTS, contents, prepare_texts, recipe_of, stored_texts, write_lines
@@ -292,6 +292,20 @@ def test_manifest_is_plain_json_without_dates(tmp_path: Path) -> None:
         "text_field": "text",
     }
     assert set(manifest["sources"]["a"]["splits"]) == {"train", "validation"}
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_long_document_among_short_ones_has_the_tokens_of_the_whole(
+    tmp_path: Path, tokenizer: str, processes: int
+) -> None:
+    long_text = "".join(f"line {number}, {number * number % 97}\n" for number in range(150_000))
+    assert len(long_text) > 2 * long_texts.PIECE
+    source = write_lines(tmp_path / "in.jsonl", [TEXTS[0], long_text, TEXTS[1], long_text[::-1], TEXTS[2]])
+    prepare(recipe_of(source), tmp_path / "out", tokenizer=tokenizer, settings=Settings(processes))
+    stored = open_dataset(tmp_path / "out", "train", verify=True).sources["main"]
+    encode = Encoder(pretrained_tokenizer(tokenizer))
+    for number, text in enumerate([TEXTS[0], long_text, TEXTS[1], long_text[::-1], TEXTS[2]]):
+        np.testing.assert_array_equal(stored.read(number), encode([text])[0])
 
 
 def test_many_documents_of_one_token(tmp_path: Path, tokenizer: str) -> None:
