@@ -180,7 +180,8 @@ def _verify(parts: Sequence[Part]) -> None:
     with _progress_bar("verifying bytes", sum(sizes)) as on_progress:
         for part in parts:
             for number, shard in enumerate(part.source.shards):
-                damage += map(str, part.source.damage(number, contents=True))
+                found = [*part.source.damage(number, contents=True)]
+                damage += map(str, found or part.source.without_bos(number))
                 on_progress(shard.bin.size + shard.idx.size)
     if damage:
         raise UserError("\n".join([f"the data set is damaged in {len(damage)} places:", *damage]))

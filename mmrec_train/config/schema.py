@@ -24,6 +24,7 @@ VOCABULARY_MULTIPLE = 64  # a vocabulary taken from the data set is rounded up t
 Count = Annotated[int, Field(ge=1)]
 Index = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
+Weight = Annotated[float, Field(gt=0, le=1e9)]  # as in a manifest
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 PathText = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
@@ -137,7 +138,7 @@ class ModelSection(Section):
 class SourceSection(Section):
     """How much is read of one source of the data set."""
 
-    weight: Positive | None = Field(None, description="relative share of the tokens; null: the data set's own weight")
+    weight: Weight | None = Field(None, description="relative share of the tokens; null: the data set's own weight")
     epochs: Count | None = Field(None, description="passes over the source, which then is exhausted; null: without end")
 
 

@@ -52,6 +52,7 @@ class SourceDocuments:
         )
         self._folder = folder
         self._vocab_size = manifest.vocab_size
+        self._bos = manifest.bos_id
         dtype = np.dtype(manifest.dtype).newbyteorder("<").str
         self._bins = [_stored(f"{split}/{name}/{shard.name}.bin", shard.bin, dtype) for shard in info.shards]
         self._idxs = [_stored(f"{split}/{name}/{shard.name}.idx", shard.idx, "<i8") for shard in info.shards]
@@ -112,6 +113,17 @@ class SourceDocuments:
                 yield error
         if contents and not found:
             yield from self._contradictions(shard)
+
+    def without_bos(self, shard: int) -> Iterator[UserError]:
+        """The first document of a shard, which is not damaged, that does not begin with bos, if there is one."""
+        starts, tokens = self.starts(shard)[:-1], self.tokens(shard)
+        for first in range(0, len(starts), _BLOCK):
+            begins = tokens[starts[first : first + _BLOCK]]
+            if len(others := np.flatnonzero(begins != self._bos)):
+                document, token = first + int(others[0]), int(begins[others[0]])
+                message = f"document {document} begins with token {token}, not with bos, {self._bos}"
+                yield self._mistake(self._bins[shard], message)
+                break
 
     def _contradictions(self, shard: int) -> Iterator[UserError]:
         """What is wrong in files that are as they were written."""

@@ -23,6 +23,7 @@ COPY_REMEDY = "Copy the data set again from where it was whole, or prepare it ag
 
 Split = Literal["train", "validation"]
 Dtype = Literal["uint16", "uint32"]
+Weight = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]  # sums and products of them are numbers, too
 SourceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]  # it is a folder's name, too
 
 
@@ -84,9 +85,7 @@ class SplitInfo(_Record):
 class SourceInfo(_Record):
     """One source of text: where it came from, what was left out or repaired, and what there is of it."""
 
-    weight: float | None = Field(
-        gt=0, allow_inf_nan=False, description="relative share of the tokens trained on; null: its own tokens"
-    )
+    weight: Weight | None = Field(description="relative share of the tokens trained on; null: its own tokens")
     provenance: dict[str, JsonValue] = Field(description="where the text came from and how it was chosen")
     left_out: dict[str, int] = Field(description="documents left out, by reason")
     invalid_utf8_documents: int = Field(description="documents in which invalid text was replaced by U+FFFD")

@@ -26,6 +26,7 @@ class HubSource:
     """A data set's split. Its commit is chosen when reading begins and then kept, so that what is read is the same."""
 
     size: int | None = None
+    has_fields = True
 
     def __init__(self, dataset: str, name: str | None, split: str, fields: Sequence[str]) -> None:
         self._dataset, self._name, self._split, self._fields = dataset, name, split, fields

@@ -10,7 +10,7 @@ from pydantic_core import ErrorDetails
 from mmrec_train.config.marked_yaml import KeyPath, Marked, Problem
 from mmrec_train.config.suggest import did_you_mean
 from mmrec_train.config.yaml_file import message_of, read_yaml
-from mmrec_train.data.manifest import SourceName
+from mmrec_train.data.manifest import SourceName, Weight
 from mmrec_train.errors import UserError
 from mmrec_train.preparation.filters import Filters
 from mmrec_train.preparation.records import Extraction, Template
@@ -52,7 +52,7 @@ class SourceChoice(_Section):
     """One source of text."""
 
     source: Name = Field(description="stdlib, a file, a folder, or the name of a data set on the Hugging Face hub")
-    weight: Annotated[float, Field(gt=0)] | None = Field(
+    weight: Weight | None = Field(
         None, description="relative share of the tokens trained on; for all sources or none (then each its own tokens)"
     )
     text_field: Name | None = Field(None, description="field or column of the text; text where there is no template")
@@ -84,9 +84,13 @@ class SourceChoice(_Section):
         return Treatment(self.extraction, filters, validation_fraction)
 
     def open(self) -> Source:
-        return open_source(
+        source = open_source(
             self.source, fields=self.extraction.fields, pattern=self.pattern, name=self.name, split=self.split
         )
+        if not source.has_fields and (self.text_field is not None or self.template is not None):
+            option = "--template" if self.template is not None else "--text-field"
+            raise UserError(f"{option} names fields of records, but --source {self.source} has text files only")
+        return source
 
 
 class Recipe(_Section):

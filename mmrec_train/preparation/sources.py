@@ -32,6 +32,7 @@ _STDLIB_SKIPPED = {
     "lib2to3",
     "turtledemo",
 }
+_LOOKED_AT = 8192  # bytes at the beginning of a file of unknown kind
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 Position = dict[str, Any]  # JSON
@@ -51,9 +52,11 @@ class Piece(NamedTuple):
 
 
 class Source(Protocol):
-    """`size` is the number of bytes that hold the source, None where unknown: for the progress only."""
+    """`size` is the number of bytes that hold the source, None where unknown: for the progress only. `has_fields` is
+    whether there are records with fields, not only text files."""
 
     size: int | None
+    has_fields: bool
 
     def take_stock(self, recorded: Stock | None) -> Stock:
         """What must stay as it is while the source is read. To be called first, with what it gave earlier, if it did.
@@ -131,6 +134,8 @@ def _folder(root: Path, fields: Sequence[str], pattern: str | None) -> "FileSour
         files = [file for file in everything if file.relative_to(root).match(wanted_name)]
     else:
         files = [file for file in everything if _kind(file) != "unknown"]
+        if any(_kind(file) != "text" for file in files):  # a hub data set's folder has a page about it
+            files = [file for file in files if file != root / "README.md"]
     if not files:
         known = " ".join((*TEXT_SUFFIXES, *JSON_LINES_SUFFIXES, PARQUET_SUFFIX, ARROW_SUFFIX))
         wanted = (
@@ -228,6 +233,7 @@ class FileSource:
         self._provenance = provenance
         self._stock: Stock = []
         self.size: int | None = None
+        self.has_fields = any(_kind(file) not in ("text", "unknown") for file in files)
 
     def take_stock(self, recorded: Stock | None) -> Stock:
         self._stock = [[str(file), *_size_and_time(file)] for file in self._files]
@@ -252,6 +258,8 @@ class FileSource:
                 if _kind(file) in ("text", "unknown"):
                     with _Stream(file) as stream:
                         texts.append(stream.read())
+                    if _kind(file) == "unknown" and b"\0" in texts[-1][:_LOOKED_AT]:
+                        raise ValueError("it is not text: there are zero bytes in it. Choose files with --pattern")
                     waiting += len(texts[-1])
                 else:
                     if texts:

@@ -264,6 +264,19 @@ def test_starts_that_contradict_the_manifest(
         open_dataset(tmp_path, "train", verify=True)
 
 
+@pytest.mark.parametrize("block", [1, 2, 1 << 20])
+def test_documents_that_do_not_begin_with_bos(tmp_path: Path, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmrec_train.data.dataset._BLOCK", block)
+    store(tmp_path, np.array([0, 5, 0, 7, 8, 0], dtype="<u2"), np.array([0, 2, 3, 5, 6]))
+    [mistake] = open_dataset(tmp_path, "train", verify=True).sources["main"].without_bos(0)
+    assert re.search(r"shard_00000\.bin .*: document 2 begins with token 7, not with bos, 0", str(mistake))
+
+
+def test_documents_that_begin_with_bos(tmp_path: Path) -> None:
+    store(tmp_path, np.array([0, 5, 0, 0, 8, 0], dtype="<u2"), np.array([0, 2, 3, 5, 6]))
+    assert not [*open_dataset(tmp_path, "train", verify=True).sources["main"].without_bos(0)]
+
+
 def test_token_ids_beyond_the_vocabulary(tmp_path: Path) -> None:
     store(tmp_path, np.array([1, 2, 10, 3], dtype="<u2"), np.array([0, 4]), vocab_size=10)
     with pytest.raises(UserError, match=r"shard_00000\.bin .*token 2 is 10, in a vocabulary of 10"):

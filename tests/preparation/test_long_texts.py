@@ -59,7 +59,7 @@ def unigrams():
 TOKENIZERS = {f.__name__: f for f in (byte_level, words_without_accents, sentence_pieces, unigrams)}
 
 
-@pytest.fixture(scope="module", params=TOKENIZERS.values(), ids=TOKENIZERS.keys())
+@pytest.fixture(scope="module", params=TOKENIZERS.values(), ids=list(TOKENIZERS))
 def tokenizer(request):
     return request.param()
 

@@ -92,6 +92,7 @@ def test_the_example_is_valid() -> None:
         ),
         ("sources:\n  a: {source: b, weight: 0}", "recipe.yaml:2: sources.a.weight: must be greater than 0, got 0"),
         ("sources:\n  a: {source: b, weight: .inf}", "recipe.yaml:2: sources.a.weight: "),
+        ("sources:\n  a: {source: b, weight: 1e308}", "recipe.yaml:2: sources.a.weight: "),
         ("sources:\n  a: {source: b, max_tokens: yes}", "recipe.yaml:2: sources.a.max_tokens: must be a valid integer"),
         (
             "sources:\n  a: {source: b, template: plain}",

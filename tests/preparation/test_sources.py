@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmrec_train.errors import UserError
+from mmrec_train.preparation.recipe import SourceChoice
 from mmrec_train.preparation.records import Document, Extraction, JsonLines, Rows, Template, decode_utf8
 from mmrec_train.preparation.sources import Piece, Position, SourceUnavailable, open_source, standard_library
 
@@ -219,6 +220,33 @@ def test_choices_that_do_not_apply_are_refused(tmp_path: Path) -> None:
             open_source(str(tmp_path), fields=["text"], **choice)
     with pytest.raises(UserError, match="--pattern chooses files of a folder"):
         open_source("stdlib", fields=["text"], pattern="*.py")
+
+
+@pytest.mark.parametrize(("option", "value"), [("text_field", "body"), ("template", "{title}: {body}")])
+def test_fields_of_text_files_are_refused(tmp_path: Path, option: str, value: str) -> None:
+    (tmp_path / "a.txt").write_text("no fields")
+    choice = SourceChoice.model_validate({"source": str(tmp_path), option: value})
+    with pytest.raises(UserError, match=f"--{option.replace('_', '-')} names fields of records, .* text files only"):
+        choice.open()
+    (tmp_path / "b.jsonl").write_text('{"title": "t", "body": "b"}\n')
+    assert choice.open().has_fields
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.bin"
+    path.write_bytes(b"PK\x03\x04" + bytes(100))
+    for source, choice in ((path, {}), (tmp_path, {"pattern": "*.bin"})):
+        with pytest.raises(UserError, match=r"cannot read .*model\.bin: it is not text: there are zero bytes in it"):
+            texts(source, **choice)
+
+
+def test_the_page_about_a_data_set_is_no_document(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("# About")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/README.md").write_text("a note")
+    assert texts(tmp_path) == ["# About", "a note"]
+    pq.write_table(pa.table({"text": ["a row"]}), tmp_path / "train.parquet")
+    assert texts(tmp_path) == ["a note", "a row"]
 
 
 def every_form(folder: Path, many: int) -> dict[str, tuple[Path, Any]]:
