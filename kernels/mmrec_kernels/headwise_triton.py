@@ -164,6 +164,7 @@ def _solve_kernel(
     scale = 0.0
     residual = 0.0
     exact = 0
+    precise = True
     n = 0
     carry = tl.load(carry_in_ptr + state_offset)
     before_scale = 0.0
@@ -200,8 +201,9 @@ def _solve_kernel(
         relative_change = change / tl.maximum(scale, 1e-37)
         if n <= max_iterations:
             residual = relative_change
-        # NaN compares false: it ends the iteration, but not token by token (tolerance < 0)
-        done = final & (((tolerance >= 0.0) & (not (relative_change > tolerance))) | (exact > TILE))
+        # NaN compares false: it ends the iteration, but not token by token (tolerance < 0). What was made with a coarse
+        # product is not the solution, however little it moves
+        done = final & (((tolerance >= 0.0) & precise & (not (relative_change > tolerance))) | (exact > TILE))
         if done | (n <= max_iterations):
             slot = _slot(n, max_iterations, tiles, ticket)
             send(carry_ptr + slot * d + channel, carry_out)
@@ -212,7 +214,7 @@ def _solve_kernel(
             slot = _slot(n + 1, max_iterations, tiles, previous)
             carry_word, scale_word = _words(carry_ptr, scale_ptr, slot, channel, not final, d)
             factor = tl.load(slope_ptr + offset, mask=inside, other=0.0) if ADJOINT else keep
-            precise = (relative_change < COARSE) | (n >= max_iterations)
+            precise = (not (relative_change >= COARSE)) | (n >= max_iterations)
             product = _multiply(before * factor, operand, precise)
         n += 1
 

@@ -187,6 +187,19 @@ def test_at_the_default_tolerance_a_16_bit_gate_is_as_exact_as_in_pytorch(
         assert relative_error(a, e) <= 2 * relative_error(p, e)
 
 
+@pytest.mark.parametrize("length", [1, 2, 3])
+@pytest.mark.parametrize("width, heads", [(16, 1), (32, 2)])
+def test_a_short_sequence_is_exact_with_a_16_bit_gate(monkeypatch, device, length, width, heads):
+    """Its last change is zero, whatever the products before had been rounded to."""
+    *inputs, _ = problem(2, length, width, heads, seed=11)
+    rounded = cast(inputs, device, torch.float32, torch.float32, torch.float16, torch.float32)
+    expected = run(reference.gated_recurrence, cast(rounded, device, torch.float64), None)
+    monkeypatch.setenv("MMREC_KERNELS", "triton")
+    h, final, *_ = run(gated_recurrence, rounded, None)
+    assert relative_error(h, expected[0]) < 3e-6
+    assert relative_error(final, expected[1]) < 3e-6
+
+
 @every_kernel
 def test_inputs_of_any_strides(backend, device, length, width, heads):
     """A slice of a wider tensor, a transposed one, every second element, the same numbers for every row."""
