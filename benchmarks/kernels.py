@@ -1,6 +1,6 @@
 """Measures the kernels beside what they are to be compared with, checks them first, and draws time per token over T.
 
-    python benchmarks/kernels.py                        # everything, under four minutes on one H100
+    python benchmarks/kernels.py                        # everything; on one H100 four minutes and the curves over T
     python benchmarks/kernels.py --ops scan headwise --out results/
 
 B = 1, T = 8192, D = 4096 (32 heads of 128), bf16, unless a row says otherwise. Before an operation is timed, its
