@@ -13,7 +13,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
 
-# channels and heads (None: a dense gate); from 2048 channels on the first iterations of a dense gate have 8 bit
+# channels and heads (None: a dense gate); from 2048 channels on every other product of a dense gate has 8 bits
 WIDTHS = [(32, 2), (96, 3), (256, 4), (256, 2), (96, None), (2048, None)]
 every_width = pytest.mark.parametrize("width, heads", WIDTHS)
 
