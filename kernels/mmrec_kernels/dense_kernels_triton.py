@@ -285,6 +285,9 @@ def finish_kernel(
         if not _converged(changes + done * batch, sizes + done * batch, b, tolerance):
             overflow = tl.load(changes + done * batch + b) == INFINITY_BITS
             begin = tl.where(overflow, 0, tl.maximum(done - inexact, 0))
+            unscale_factor = 1.0
+            if largest_factor is not None:
+                unscale_factor /= power_of_two(tl.load(largest_factor + b), HEADROOM)
             t = begin
             while t < length:
                 token = length - 1 - t if ADJOINT else t
@@ -304,9 +307,7 @@ def finish_kernel(
                         f = keep
                         if factor is not None:
                             f = tl.load(factor + row + at, there, other=0.0).to(tl.float32)
-                        if largest_factor is not None:
-                            f *= 1.0 / power_of_two(tl.load(largest_factor + b), HEADROOM)
-                        u = before * f
+                        u = before * (f * unscale_factor)
                         place = head * HEAD * HEAD + inner[:, None] * N_STRIDE + k[None, :] * K_STRIDE
                         w = tl.load(weight + place, (inner < HEAD)[:, None] & there[None, :], other=0.0)
                         total += tl.sum(w.to(tl.float32) * u[None, :], 1)

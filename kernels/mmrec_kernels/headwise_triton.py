@@ -40,13 +40,13 @@ from mmrec_kernels.solver import MIN_IMPORTANCE, SolverSettings
 from mmrec_kernels.time_tiles import on_device
 
 TILE = 64
-LAST_TILES = tl.constexpr(2)
+LAST_TILES = tl.constexpr(2)  # that go on for longer
 COARSE = tl.constexpr(2.0**-5)  # the change down to which a product's left operand has 16 bits
 WARPS = tl.constexpr(4)  # of a program
 PIPELINED = 32  # iterations at most before tiles wait for each other: every one has carries of its own
 
 LEAST_WEIGHT = tl.constexpr(MIN_IMPORTANCE)
-SIGN = tl.constexpr(-(2**31))
+SIGN = tl.constexpr(-(2**31))  # the sign bit of an fp32 number
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """σ in a third of the instructions: neither exponentials below 2^−126 nor sums above 2^126 are kept from being zero.
 
-Triton's own σ scales before and after to keep them, which a gate cannot tell apart. The error is that of `ex2.approx`
-and `rcp.approx`: 3 ulp.
+Triton's own σ scales before and after to keep them, which a gate cannot tell apart. It rounds the exponent as this one
+does; the rest of the error is that of `ex2.approx` and `rcp.approx`.
 """
 
 import triton
@@ -14,12 +14,12 @@ MINUS_LOG2_E = tl.constexpr(-1.4426950408889634)
 
 
 @triton.jit
-def sigmoid(x, factor=1.0):
-    """σ(factor · x) of an fp32 tensor; `factor` is a number."""
+def sigmoid(x):
+    """σ(x) of an fp32 tensor."""
     if COMPILED:
-        power = tl.exp2(x * (MINUS_LOG2_E * factor))
+        power = tl.exp2(x * MINUS_LOG2_E)
         return tl.inline_asm_elementwise(
             "rcp.approx.ftz.f32 $0, $1;", "=f,f", (1.0 + power,), tl.float32, is_pure=True, pack=1
         )  # fmt: skip
     else:
-        return tl.sigmoid(x * factor)
+        return tl.sigmoid(x)

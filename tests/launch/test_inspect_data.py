@@ -9,6 +9,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from launch.inspect_data import main
 from mmrec_train.data import LaneLoader, load_tokenizer, open_dataset
+from mmrec_train.data.checksums import file_checksum
 from mmrec_train.data.inspection import lane_pieces, length_plot, save_length_plot, short_tokens
 from mmrec_train.data.lanes import StreamSettings
 from mmrec_train.data.manifest import read_manifest, write_manifest
@@ -90,6 +91,21 @@ def test_every_damaged_file_is_named(copy: Path, capsys: pytest.CaptureFixture[s
         r"validation/book/shard_00000\.bin is corrupt",
     ):
         assert re.search(place, output.err)
+
+
+def test_a_document_without_bos_is_named(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whole files, as another program may have written them."""
+    path = copy / "train/letters/shard_00000.bin"
+    content = bytearray(path.read_bytes())
+    content[0] ^= 1
+    before = file_checksum(path)
+    path.write_bytes(content)
+    manifest = copy / "manifest.json"
+    manifest.write_text(manifest.read_text().replace(before, file_checksum(path)))
+    assert main([str(copy)]) == 2
+    output = capsys.readouterr()
+    assert "whole" not in output.out
+    assert re.search(r"train/letters/shard_00000\.bin .*: document 0 begins with token \d+, not with bos", output.err)
 
 
 def test_without_verification_no_token_is_read(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
