@@ -70,19 +70,26 @@ def was_killed(child: int) -> bool:
     return code != 0
 
 
+def is_whole(out: Path) -> bool:
+    """The data set is there and its journal is gone: what is left of a killed child's work is an empty folder at most.
+
+    Asked for it once more, `prepare` refuses as for any data set that exists.
+    """
+    return out.exists() and not Partial(out).journal.exists()
+
+
 def at_random(folder: Path, seed: int, least: int, seconds: float) -> int:
     moments = random.Random(seed)
     kills = number = 0
     while kills < least:
         begun = time.monotonic()
         longest = seconds
-        while True:
-            child = start(folder, folder / f"whole_{number}")
+        out = folder / f"whole_{number}"
+        while not is_whole(out):
+            child = start(folder, out)
             time.sleep(moments.uniform(0, longest))
             os.kill(child, signal.SIGKILL)
-            if not was_killed(child):
-                break
-            kills += 1
+            kills += was_killed(child)
             longest *= 1.05  # so that it comes to an end on a slow machine, too
         print(f"whole_{number}: {kills} kills, {time.monotonic() - begun:.1f} s", file=sys.stderr)
         number += 1
@@ -93,7 +100,7 @@ def at_steps(folder: Path) -> int:
     kills = 0
     while was_killed(start(folder, out := folder / f"whole_{kills}", partial(_die_before_step, kills))):
         kills += 1
-        if not out.exists() or Partial(out).journal.exists():  # else all was done but to remove an empty folder
+        if not is_whole(out):
             assert not was_killed(start(folder, out))
     return kills
 

@@ -69,7 +69,7 @@ def test_fifty_kills_at_random_moments(tmp_path: Path, recipe: Recipe) -> None:
     assert whole
     for folder in whole:
         assert contents(folder) == undisturbed
-    assert not list(tmp_path.glob(".*.partial"))
+    assert not [path for folder in tmp_path.glob(".*.partial") for path in folder.iterdir()]
 
 
 def test_killed_before_every_step(tmp_path: Path) -> None:
