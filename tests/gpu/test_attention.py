@@ -6,11 +6,6 @@ import torch
 from mmrec_kernels import RingWrites, build_pyramid, memory_attention, select_pages, slots_in_pages, update_pyramid
 from tests.kernels.test_attention import relative_error, run
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
-]
-
 SEGMENT = 64
 HEAD = 37  # index that a chunk's first new slot is written to
 

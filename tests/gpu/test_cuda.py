@@ -13,11 +13,6 @@ from tests.kernels.test_recurrence import run as run_recurrence
 from tests.model.conftest import random_documents, small_model
 from tests.trainer import ranks
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
-]
-
 
 def on_gpu(tensors, dtype):
     return [t.to("cuda", dtype) for t in tensors]

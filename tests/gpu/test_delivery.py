@@ -2,15 +2,12 @@
 
 from pathlib import Path
 
-import pytest
 import torch
 
 from mmrec_train.data import LaneLoader
 from mmrec_train.data.delivery import Delivery
 from mmrec_train.data.lanes import StreamSettings
 from tests.data.documents import numbered_documents, write_documents
-
-pytestmark = pytest.mark.gpu
 
 
 def test_the_same_steps_arrive_while_the_gpu_computes(tmp_path: Path) -> None:

@@ -8,11 +8,6 @@ from mmrec_kernels.solver import SolverSettings
 from mmrec_train.model import MMRecConfig, MMRecForCausalLM
 from mmrec_train.model.memory import ChunkPlan
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
-]
-
 # channels and heads (None: a dense gate); from 2048 channels on every other product of a dense gate has 8 bits
 WIDTHS = [(32, 2), (96, 3), (256, 4), (256, 2), (96, None), (2048, None)]
 every_width = pytest.mark.parametrize("width, heads", WIDTHS)

@@ -5,11 +5,6 @@ import torch
 
 from mmrec_kernels import associative_scan_exponential, linear_scan, scan_torch
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
-]
-
 
 @pytest.fixture(autouse=True)
 def only_kernels(monkeypatch):
