@@ -9,10 +9,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
+_REVISIONS = f"(?:{REVISION}|main)"
 
 
 @contextmanager
@@ -32,18 +34,20 @@ def fake_hub(
         disable_nagle_algorithm = True  # which makes each of hundreds of answers wait 40 ms
 
         def do_GET(self) -> None:
-            path = unquote(urlsplit(self.path).path)
+            url = urlsplit(self.path)
+            path = unquote(url.path)
             found = trouble(path)
             if isinstance(found, float):
                 time.sleep(found)
                 self.close_connection = True
             elif found is not None:
                 self._answer(found, b"", {})
-            elif match := re.fullmatch(rf"/api/datasets/({known})(/revision/{REVISION})?", path):
+            elif match := re.fullmatch(rf"/api/datasets/({known})(/revision/{_REVISIONS})?", path):
                 self._json(_repository(match[1], data_sets[match[1]]))
-            elif match := re.fullmatch(rf"/api/datasets/({known})/tree/{REVISION}(/.*)?", path):
-                self._json(_tree(data_sets[match[1]], (match[2] or "").strip("/")))
-            elif match := re.fullmatch(rf"/datasets/({known})/resolve/{REVISION}/(.+)", path):
+            elif match := re.fullmatch(rf"/api/datasets/({known})/tree/{_REVISIONS}(/.*)?", path):
+                recursive = parse_qs(url.query).get("recursive", [""])[0].lower() in ("true", "1")
+                self._json(_tree(data_sets[match[1]], (match[2] or "").strip("/"), recursive))
+            elif match := re.fullmatch(rf"/datasets/({known})/resolve/{_REVISIONS}/(.+)", path):
                 self._file(data_sets[match[1]], match[2])
             else:
                 self._missing()
@@ -52,7 +56,7 @@ def fake_hub(
 
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"])).decode()
-            if match := re.fullmatch(rf"/api/datasets/({known})/paths-info/{REVISION}", self.path):
+            if match := re.fullmatch(rf"/api/datasets/({known})/paths-info/{_REVISIONS}", self.path):
                 files = data_sets[match[1]]
                 self._json([_entry(path, files[path]) for path in parse_qs(body)["paths"] if path in files])
             else:
@@ -115,9 +119,13 @@ def _entry(path: str, data: bytes) -> dict[str, object]:
     return {"type": "file", "path": path, "size": len(data), "oid": _blob_id(data)}
 
 
-def _tree(files: dict[str, bytes], folder: str) -> list[dict[str, object]]:
+def _tree(files: dict[str, bytes], folder: str, recursive: bool) -> list[dict[str, object]]:
     prefix = f"{folder}/" if folder else ""
-    return [_entry(path, data) for path, data in files.items() if path.startswith(prefix)]
+    below = {path: data for path, data in files.items() if path.startswith(prefix)}
+    parents = {str(parent) for path in below for parent in PurePosixPath(path.removeprefix(prefix)).parents} - {"."}
+    entries = [{"type": "directory", "path": prefix + parent, "size": 0, "oid": REVISION} for parent in sorted(parents)]
+    entries += [_entry(path, data) for path, data in below.items()]
+    return [entry for entry in entries if recursive or "/" not in str(entry["path"]).removeprefix(prefix)]
 
 
 def _repository(dataset: str, files: dict[str, bytes]) -> dict[str, object]:

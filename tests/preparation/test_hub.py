@@ -14,11 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from mmrec_train.data.dataset import open_dataset
 from mmrec_train.data.manifest import read_manifest
 from mmrec_train.data.tokenizer import train_tokenizer
 from mmrec_train.errors import EXIT_OK, EXIT_USER_ERROR
 from tests.preparation.fake_hub import REVISION, fake_hub
-from tests.preparation.texts import TEXTS, contents, recipe_of, stored_texts
+from tests.preparation.texts import TEXTS, contents, prepare_texts, recipe_of, stored_texts
 
 ROOT = Path(__file__).parents[2]
 IMPATIENT = """
@@ -142,6 +143,37 @@ def test_a_hub_that_times_out_and_fails_and_then_answers(prepared: Prepared) -> 
     assert prepared.codes["troubled"] == EXIT_OK, prepared.errors
     assert stored_texts(prepared.folder / "troubled") == ROWS
     assert all(count >= 3 for path, count in prepared.asked.items() if "test-" not in path)
+
+
+READ = """
+import sys
+from pathlib import Path
+from mmrec_train.data.cache_folder import CacheSettings
+from mmrec_train.data.dataset import open_dataset
+from mmrec_train.errors import UserError
+for number, url in enumerate(sys.argv[2:]):
+    try:
+        dataset = open_dataset(url, "train", verify=True, cache=CacheSettings(Path(sys.argv[1], str(number))))
+        source = dataset.sources["main"]
+        print([source.read(document).tolist() for document in range(source.num_documents)])
+    except UserError as error:
+        print(error)
+"""
+
+
+def test_a_prepared_data_set_on_the_hub(tmp_path: Path) -> None:
+    """By hf:// at the newest commit and at a named one; and one that is not there."""
+    prepare_texts(tmp_path / "tokens", TEXTS)
+    source = open_dataset(tmp_path / "tokens", "train", verify=True).sources["main"]
+    documents = [source.read(document).tolist() for document in range(source.num_documents)]
+    files = {f"prepared/{name}": content for name, content in contents(tmp_path / "tokens").items()}
+    urls = [f"hf://datasets/acme/tokens{path}" for path in ("/prepared", f"@{REVISION}/prepared", "/elsewhere")]
+    with fake_hub({"acme/tokens": files}) as endpoint:
+        done = run(["-c", READ, str(tmp_path / "cache"), *urls], endpoint, tmp_path / "home")
+    assert done.returncode == 0, done.stderr
+    newest, named, missing = done.stdout.splitlines()
+    assert json.loads(newest) == json.loads(named) == documents
+    assert missing.startswith(f"{urls[2]} is not a prepared data set: it has no manifest.json")
 
 
 def test_killed_in_the_middle_of_the_stream(tmp_path: Path) -> None:
