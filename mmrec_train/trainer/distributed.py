@@ -4,14 +4,16 @@ import logging
 import os
 import socket
 import warnings
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 
+from mmrec_train.config.yaml_file import by_dotted_key
 from mmrec_train.errors import UserError
 
 JOIN_TIMEOUT = timedelta(minutes=30)  # the slowest collective: rank 0 writes a checkpoint while the others wait
@@ -65,6 +67,28 @@ def join(world: World, *, on_gpu: bool) -> torch.device:
     if not on_gpu:
         _release_shared_memory(world)
     return torch.device("cuda", world.local_rank) if on_gpu else torch.device("cpu")
+
+
+def check_agreement(world: World, settings: Mapping[str, Any]) -> None:
+    """Raises UserError, on all ranks, where one has other `settings` than rank 0. A collective call.
+
+    settings: Nested dictionaries of picklable values. Hosts have copies of configuration and data of their own, and one
+    that was not brought up to date would train on something else without anyone noticing.
+    """
+    everyone: list[Any] = [None] * world.size
+    dist.all_gather_object(everyone, (socket.gethostname(), by_dotted_key(settings)))
+    main_host, expected = everyone[0]
+    for rank, (host, found) in enumerate(everyone):
+        differences = [
+            f"{key} is {found.get(key)} there and {expected.get(key)} on rank 0"
+            for key in {**expected, **found}
+            if found.get(key) != expected.get(key)
+        ]
+        if differences:
+            raise UserError(
+                f"rank {rank} on {host} is not in the run of rank 0 on {main_host}: {'; '.join(differences)}. "
+                "Start all ranks with the same configuration, and give all hosts the same copy of the data."
+            )
 
 
 def _release_shared_memory(world: World) -> None:

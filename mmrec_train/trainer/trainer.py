@@ -23,7 +23,7 @@ from mmrec_train.model import MemoryState, MMRecForCausalLM
 from mmrec_train.monitoring import Console
 from mmrec_train.trainer import checkpoint
 from mmrec_train.trainer.clipping import GradientClipper
-from mmrec_train.trainer.distributed import World, join
+from mmrec_train.trainer.distributed import World, check_agreement, join
 from mmrec_train.trainer.optimizer import build_optimizer, learning_rate, parameter_groups
 from mmrec_train.trainer.reporting import Reporter
 from mmrec_train.trainer.stopping import StopRequest
@@ -276,6 +276,7 @@ class Trainer:
         """Joins the other ranks; finds the checkpoint to go on from, on rank 0, for all of them."""
         self.device = join(self.world, on_gpu=runs_on_gpu(self.config))
         stack.callback(dist.destroy_process_group)
+        check_agreement(self.world, self._settings())
         found: list[Any] = [None]
         if self.world.is_main:
             self.run_dir.mkdir(parents=True, exist_ok=True)
@@ -357,6 +358,18 @@ class Trainer:
             )
             for _ in range(self.accumulation)
         ]
+
+    def _settings(self) -> dict[str, Any]:
+        """All that decides what this rank does."""
+        datasets = {"training": self.train_data, **self.validation_sets}
+        return {
+            **self.config.model_dump(),
+            "DeepSpeed": self.deepspeed_config,
+            "documents": {
+                name: {source.name: source.fingerprint for source in dataset.sources.values()}
+                for name, dataset in datasets.items()
+            },
+        }
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same for a checkpoint to fit this run, besides the data stream (the loader checks that)."""

@@ -21,13 +21,22 @@ def free_port():
 
 def start(config, overrides=(), *, world_size=2, resume="auto", port=None):
     """Starts the ranks; returns their processes."""
+    return _start([_pretrain(config, overrides, resume)] * world_size, port or free_port())
+
+
+def start_differing(config, *overrides):
+    """Starts a rank for each of the overrides, as hosts do whose configurations are not the same."""
+    return _start([_pretrain(config, of_rank) for of_rank in overrides], free_port())
+
+
+def _pretrain(config, overrides, resume="auto"):
     command = [str(REPOSITORY / "launch/pretrain.py"), "--config", str(config), "--resume", resume]
-    if overrides:
-        command += ["--set", *overrides]
-    return _start(command, world_size, port or free_port())
+    return [*command, "--set", *overrides] if overrides else command
 
 
-def _start(command, world_size, port):
+def _start(commands, port):
+    """A rank for each of the commands."""
+    world_size = len(commands)
     environment = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"} | {
         "WORLD_SIZE": str(world_size),
         "LOCAL_SIZE": str(world_size),
@@ -44,7 +53,7 @@ def _start(command, world_size, port):
             text=True,
             cwd=REPOSITORY,
         )
-        for rank in range(world_size)
+        for rank, command in enumerate(commands)
     ]
 
 
@@ -74,7 +83,7 @@ def run(config, overrides=(), *, world_size=2, resume="auto", port=None):
 def run_in_turn(config, runs, *, world_size=2):
     """As `run` for each of the overrides, in the same processes."""
     arguments = [str(config), json.dumps([(free_port(), overrides) for overrides in runs])]
-    _expect_success(_start(["-m", "tests.trainer.in_turn", *arguments], world_size, 0))
+    _expect_success(_start([["-m", "tests.trainer.in_turn", *arguments]] * world_size, 0))
 
 
 def _expect_success(processes):

@@ -1,10 +1,13 @@
 """A small data set and a small run for tests."""
 
+import json
 import os
+import shutil
 from pathlib import Path
 
 import yaml
 
+from mmrec_train.data.checksums import file_checksum
 from tests.trainer.texts import write_texts
 
 SMALL_MODEL = dict(
@@ -35,6 +38,19 @@ def prepare_dataset(out):
     return write_texts(
         out, {"train": {"main": train}, "validation": {"main": held_out}}, vocab=512, shard_tokens=1_000_000
     )
+
+
+def copy_with_other_documents(dataset, out):
+    """A whole data set that differs from the other in two tokens."""
+    shutil.copytree(dataset, out)
+    shard = out / "train/main/shard_00000.bin"
+    raw = bytearray(shard.read_bytes())
+    raw[2], raw[4] = raw[4] ^ 1, raw[2]
+    shard.write_bytes(raw)
+    manifest = json.loads((out / "manifest.json").read_text())
+    manifest["sources"]["main"]["splits"]["train"]["shards"][0]["bin"]["xxh3_128"] = file_checksum(shard)
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    return out
 
 
 def write_config(folder, dataset):
