@@ -6,9 +6,6 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DATA := data/stdlib
 
-# torch looks for ninja, which pip installs beside python, on the PATH.
-export PATH := $(abspath $(BIN)):$(PATH)
-
 .DEFAULT_GOAL := help
 .PHONY: help pretrain test lint bench ops comm
 

@@ -17,6 +17,7 @@ from deepspeed.accelerator import get_accelerator
 from torch.utils.cpp_extension import get_default_build_root
 
 from mmrec_train.errors import EXIT_OK
+from mmrec_train.ninja import prefer_own_ninja
 
 # DeepSpeed's builder classes, and what they are for. An accelerator has no builder for what it does not need.
 OPERATORS = {
@@ -33,6 +34,7 @@ def main() -> int:
     names = parser.parse_args().operators or list(OPERATORS)
     if unknown := set(names) - set(OPERATORS):
         parser.error(f"unknown operator {', '.join(sorted(unknown))}; there are {', '.join(OPERATORS)}")
+    prefer_own_ninja()
     remove_stale_locks(Path(os.environ.get("TORCH_EXTENSIONS_DIR", get_default_build_root())))
     for name in names:
         builder_class, purpose = OPERATORS[name]

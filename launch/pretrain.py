@@ -10,6 +10,7 @@ import sys
 
 from mmrec_train.config import RunConfig, check_machine, deepspeed_config, load_config, runs_on_gpu
 from mmrec_train.errors import EXIT_OK, EXIT_STOPPED, EXIT_USER_ERROR, UserError
+from mmrec_train.ninja import prefer_own_ninja
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -59,6 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
         config = load_config(options.config, options.overrides)
         # DeepSpeed picks its accelerator when it is first imported
         os.environ.setdefault("DS_ACCELERATOR", "cuda" if runs_on_gpu(config) else "cpu")
+        prefer_own_ninja()
         if options.dry_run:
             dry_run(config)
             return EXIT_OK

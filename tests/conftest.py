@@ -1,6 +1,4 @@
 import os
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -9,10 +7,10 @@ if not torch.cuda.is_available():
     # before anything imports the kernels: without a GPU they are tested in Triton's interpreter
     os.environ["TRITON_INTERPRET"] = "1"
 
+from mmrec_train.ninja import prefer_own_ninja
 from tests.trainer.runs import prepare_dataset, write_config
 
-# As in the Makefile: another ninja than the one beside python would compile DeepSpeed's operators anew.
-os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+prefer_own_ninja()  # tests build DeepSpeed's operators, also without launch/pretrain.py
 
 # before anything imports deepspeed: tests drive it on the CPU; those on GPUs start processes of their own
 os.environ["DS_ACCELERATOR"] = "cpu"
