@@ -163,10 +163,15 @@ def _meet(counter, meetings):
 
 
 @triton.jit
-def _converged(change, size, b, tolerance):
+def _residual(change, size, b):
     moved = tl.load(change + b, cache_modifier=".cg").to(tl.float32, bitcast=True)
     largest = tl.load(size + b, cache_modifier=".cg").to(tl.float32, bitcast=True)
-    return not (moved / tl.maximum(largest, 1e-37) > tolerance)
+    return moved / tl.maximum(largest, 1e-37)
+
+
+@triton.jit
+def _converged(change, size, b, tolerance):
+    return not (_residual(change, size, b) > tolerance)
 
 
 @triton.jit
@@ -211,7 +216,7 @@ def refine_kernel(
     """Goes on iterating until every row has converged or the iterations are spent. All programs run at once.
 
     products: [2, batch, length, D]; the one of iteration n is at n mod 2. changes, sizes: [max_iterations + 1, batch],
-    of each iteration. words: zero when an iteration begins.
+    of each iteration. iterations: [batch] int32, written: how many there have been. words: zero when one begins.
     """
     program = tl.program_id(0)
     programs = tl.num_programs(0)
@@ -245,7 +250,8 @@ def refine_kernel(
             at = start + tl.arange(0, 1024)
             tl.store(words + at, 0, at < word_count)
             tl.store(change_words + at, 0, at < word_count)
-    tl.store(iterations, iteration, mask=program == 0)
+    for b in range(batch):
+        tl.store(iterations + b, iteration, mask=program == 0)
 
 
 @triton.jit
@@ -262,18 +268,19 @@ def _before_token(initial, value, states, row, at, inside, b, t, begin, D: tl.co
     return before
 
 
-@triton.jit(do_not_specialize=["batch", "length"])
+@triton.jit(do_not_specialize=["batch", "length", "exact_after"])
 def finish_kernel(
-    gamma, source, weight, factor, largest_factor, reset, initial, value, final, changes, sizes, iterations, states,
-    meeting, batch, length, inexact, tolerance, N_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr, D: tl.constexpr,
-    HEAD: tl.constexpr, ADJOINT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    gamma, source, weight, factor, largest_factor, reset, initial, value, final, changes, sizes, iterations, residuals,
+    states, meeting, batch, length, inexact, exact_after, tolerance, N_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr,
+    D: tl.constexpr, HEAD: tl.constexpr, ADJOINT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The rows that have not converged, token by token.
 
     After n iterations the first n tokens are exact, not counting the `inexact` iterations with 8-bit operands; none
     of them if an operand was too large (the change is infinite then).
 
-    states: [2, D] fp32, the state before an even and an odd token.
+    residuals: [batch] fp32, written: the last change relative to the largest state, or zero if as many iterations as
+    `exact_after` were made. states: [2, D] fp32, the state before an even and an odd token.
     """
     program = tl.program_id(0)
     programs = tl.num_programs(0)
@@ -282,7 +289,9 @@ def finish_kernel(
     n_blocks: tl.constexpr = (D // HEAD) * per_head
     meetings = 1
     for b in range(batch):
-        if not _converged(changes + done * batch, sizes + done * batch, b, tolerance):
+        residual = _residual(changes + done * batch, sizes + done * batch, b)
+        tl.store(residuals + b, tl.where(done == exact_after, 0.0, residual), mask=program == 0)
+        if residual > tolerance:
             overflow = tl.load(changes + done * batch + b) == INFINITY_BITS
             begin = tl.where(overflow, 0, tl.maximum(done - inexact, 0))
             unscale_factor = 1.0

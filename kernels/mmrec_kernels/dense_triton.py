@@ -160,12 +160,11 @@ def _solve(problem: _Problem, settings: SolverSettings) -> tuple[Tensor, Tensor]
     operands = _Operands(problem, planned, limit)
 
     # bits of fp32; a row that nothing is known about has not converged
-    changes = torch.zeros(limit + 1, batch, dtype=torch.int32, device=device)
-    sizes = torch.zeros_like(changes)
+    changes, sizes = torch.zeros(2, limit + 1, batch, dtype=torch.int32, device=device)
     if limit == 0:
         changes.view(torch.float32).fill_(float("inf"))
         sizes.view(torch.float32).fill_(1.0)
-    words = handoff_words(max(planned, 2), length, batch * width, device, STEPS)
+    words = handoff_words(planned + 2, length, batch * width, device, STEPS)  # the last two: refine_kernel's
     measured_words = handoff_words(2, length, batch * width, device, STEPS_MEASURED)
     common = dict(
         gamma=problem.gamma, source=source, factor=problem.factor, largest_factor=problem.largest_factor,
@@ -195,7 +194,8 @@ def _solve(problem: _Problem, settings: SolverSettings) -> tuple[Tensor, Tensor]
         )  # fmt: skip
 
     counters = torch.zeros(2, dtype=torch.int32, device=device)
-    iterations = torch.empty(1, dtype=torch.int32, device=device)
+    iterations = torch.empty(batch, dtype=torch.int32, device=device)
+    residuals = torch.empty(batch, dtype=torch.float32, device=device)
     programs, blocks = 1, _BLOCKS_INTERPRETED
     if device.type == "cuda":
         programs = torch.cuda.get_device_properties(device).multi_processor_count
@@ -204,12 +204,11 @@ def _solve(problem: _Problem, settings: SolverSettings) -> tuple[Tensor, Tensor]
         changes=changes, sizes=sizes, iterations=iterations, tolerance=settings.tolerance,
         HEAD=problem.matrix.shape[1], num_warps=8, launch_cooperative_grid=device.type == "cuda",
     )  # fmt: skip
-    words[:2].zero_()  # used by the guess and the first iteration
     n_stride, k_stride = operands.matrix.stride()[1:]
     refine_kernel[(programs,)](
         **common, **tiling, **together,
         matrix=operands.matrix, N_STRIDE=n_stride, K_STRIDE=k_stride, products=operands.products,
-        largest=operands.largest, operand=operands.operand, words=words[0], change_words=words[1],
+        largest=operands.largest, operand=operands.operand, words=words[planned], change_words=words[planned + 1],
         word_count=words.shape[1], meeting=counters[0], planned=planned, max_iterations=limit,
         STEPS=STEPS, BLOCK_D=8 * CHANNELS, BLOCK_M=blocks[0], BLOCK_N=blocks[1], BLOCK_K=blocks[2], num_stages=3,
     )  # fmt: skip
@@ -217,14 +216,10 @@ def _solve(problem: _Problem, settings: SolverSettings) -> tuple[Tensor, Tensor]
     finish_kernel[(programs,)](
         **common, **together,
         weight=problem.weight, N_STRIDE=n_stride, K_STRIDE=k_stride, meeting=counters[1], inexact=operands.inexact,
+        exact_after=limit if limit in (0, length) else -1, residuals=residuals,
         states=torch.empty(2, width, dtype=torch.float32, device=device), BLOCK_N=16, BLOCK_K=256,
     )  # fmt: skip
-    last = iterations.long()
-    change, size = (x.index_select(0, last)[0].view(torch.float32) for x in (changes, sizes))
-    residual = change / size.clamp_min(torch.finfo(torch.float32).tiny)
-    if limit == length or limit == 0:  # exact whatever the last change was
-        residual = torch.where(iterations == limit, 0.0, residual)
-    return iterations.expand(batch).clone(), residual
+    return iterations, residuals
 
 
 # tokens, channels and summands of a program's product, by the dtype of W
