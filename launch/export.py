@@ -1,7 +1,6 @@
 """Export a checkpoint as one Hugging Face folder: weights in safetensors, configuration and tokenizer."""
 
 import argparse
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from mmrec_train.data.tokenizer import fingerprint
 from mmrec_train.errors import EXIT_OK, EXIT_USER_ERROR, UserError
 from mmrec_train.model import MMRecForCausalLM
 from mmrec_train.monitoring.formatting import format_bytes
-from mmrec_train.pretrained import load_pretrained
+from mmrec_train.pretrained import load_pretrained, save_pretrained
 from mmrec_train.staging import staging
 
 
@@ -47,10 +46,7 @@ def export(checkpoint: Path, out: Path) -> None:
         model, tokenizer, source = load_pretrained(
             checkpoint, device=torch.device("cpu"), report=lambda line: print(line, file=sys.stderr)
         )
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        for weights in folder.glob("*.safetensors"):  # safetensors lets only their owner read them
-            shutil.copymode(folder / "config.json", weights)
+        save_pretrained(model, tokenizer, folder)
         _verify(folder, model, source)
         size = sum(file.stat().st_size for file in folder.iterdir())
     print(f"{source} → {out}: {model.num_parameters():,} parameters in {model.dtype}, {format_bytes(size)}")

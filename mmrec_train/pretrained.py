@@ -1,5 +1,6 @@
-"""A trained model with its tokenizer, from what a run or an export left behind; needs no DeepSpeed."""
+"""A model with its tokenizer as a Hugging Face folder: of a run, a checkpoint or an export; needs no DeepSpeed."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -37,6 +38,20 @@ def find_weights(path: Path, report: Callable[[str], None]) -> Path:
     if (path / "config.json").is_file():
         return path
     return checkpoint_files.resolve(path, report) / checkpoint_files.MODEL_FOLDER
+
+
+def save_pretrained(
+    model: MMRecForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    weights: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Writes a Hugging Face folder; `weights` are written instead of the model's own."""
+    transformers_logging.disable_progress_bar()
+    model.save_pretrained(folder, state_dict=weights)
+    tokenizer.save_pretrained(folder)
+    for file in folder.glob("*.safetensors"):  # safetensors lets only their owner read them
+        shutil.copymode(folder / "config.json", file)
 
 
 def load_pretrained(path: Path, *, device: torch.device, report: Callable[[str], None]) -> Pretrained:

@@ -23,11 +23,11 @@ from deepspeed.runtime.config import ZeroStageEnum
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.utils.tensor_fragment import fragment_address
 from transformers import PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
 from mmrec_train import checkpoint_files
 from mmrec_train.errors import UserError
 from mmrec_train.model import MemoryState
+from mmrec_train.pretrained import save_pretrained
 from mmrec_train.trainer import swapped_optimizer
 from mmrec_train.trainer.distributed import World
 from mmrec_train.trainer.optimizer import replay_bias_correction
@@ -80,9 +80,7 @@ def save(
     weights = _whole_weights(engine, world)
     if world.is_main:
         (folder / RUN_FILE).write_text(json.dumps(run_state, indent=1))
-        transformers_logging.disable_progress_bar()
-        engine.module.save_pretrained(folder / checkpoint_files.MODEL_FOLDER, state_dict=weights)
-        tokenizer.save_pretrained(folder / checkpoint_files.MODEL_FOLDER)
+        save_pretrained(engine.module, tokenizer, folder / checkpoint_files.MODEL_FOLDER, weights)
     dist.barrier()
     # every rank hashes its share of all files, rank 0 gathers the entries and commits
     files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -83,12 +84,12 @@ def test_a_failed_export_leaves_nothing(
 ) -> None:
     save = MMRecForCausalLM.save_pretrained
 
-    def wrong(self: MMRecForCausalLM, folder: Path) -> None:
+    def wrong(self: MMRecForCausalLM, folder: Path, **options: Any) -> None:
         with torch.no_grad():
-            save(self, folder)
+            save(self, folder, **options)
             self.lm_head.weight[0, 0] += 1
 
-    def full(self: MMRecForCausalLM, folder: Path) -> None:
+    def full(self: MMRecForCausalLM, folder: Path, **options: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(MMRecForCausalLM, "save_pretrained", wrong)

@@ -62,6 +62,12 @@ def checkpoints(run_dir: Path) -> list[str]:
     return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
 
 
+def test_who_may_read_a_file_of_a_checkpoint_may_read_all(finished: Path) -> None:
+    files = [path for path in (finished / "checkpoints/step_2").rglob("*") if path.is_file()]
+    assert "model.safetensors" in {path.name for path in files}
+    assert len({path.stat().st_mode for path in files}) == 1
+
+
 # ---- another setting than the checkpoint's
 
 
