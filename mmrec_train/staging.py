@@ -15,7 +15,7 @@ def staging(out: Path) -> Iterator[Path]:
 
     Raises UserError where `out` is anything but an empty folder, or the disk refuses.
     """
-    out = out.expanduser().absolute()
+    out = Path(os.path.expanduser(out)).absolute()
     folder = out.parent / f".{out.name}.{os.getpid()}.tmp"
     try:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):

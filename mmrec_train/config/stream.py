@@ -78,11 +78,14 @@ def validation_sets(config: RunConfig, train: TokenDataset, *, verify: bool) -> 
             )
         names = list(held_out.sources)
         return {name if len(names) > 1 else "validation": head(held_out, name, tokens) for name in names}
-    sets = {}
+    sets: dict[str, TokenDataset] = {}
     for set_name, path in data.validation.items():
         dataset = _validation_data(config, set_name, path, train, verify=verify)
         for name in dataset.sources:
             key = f"{set_name}.{name}" if len(dataset.sources) > 1 else set_name
+            if key in sets:
+                message = f"data.validation.{set_name}: another set is called {key}, too; rename one of them"
+                raise_problems([Problem(config.mark("data.validation"), message)])
             sets[key] = head(dataset, name, tokens)
     return sets
 

@@ -1,7 +1,7 @@
 """Data sets of the Hugging Face hub, streamed: nothing but the rows that are read is downloaded."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import datasets
@@ -14,7 +14,8 @@ from mmrec_train.preparation.records import Rows
 from mmrec_train.preparation.sources import Piece, Position, SourceUnavailable, Stock
 from mmrec_train.preparation.tables import needed_columns, slices
 
-_ROWS = 1000  # read at once
+_ROWS = 16  # read at once, whatever their size
+_MOST_ROWS = 1000  # of a batch
 _RETRIES = 4
 _FIRST_WAIT = 0.5  # seconds before the first retry; each further one waits twice as long
 _BUSY = (408, 429, 500, 502, 503, 504)  # answers of a server that may have another one later
@@ -71,10 +72,10 @@ class HubSource:
         if position is not None:
             state, done, skipped = position["state"], position["rows"], position["rows_since_state"]
             stream.load_state_dict(state)
-        for table in stream.iter(batch_size=_ROWS):
-            chosen = table.select(needed_columns(where, self._fields, table.column_names))
+        tables = (t.select(needed_columns(where, self._fields, t.column_names)) for t in stream.iter(batch_size=_ROWS))
+        for table in _gathered(tables, batch_bytes):
             end = skipped
-            for part in slices(chosen.slice(skipped), batch_bytes):
+            for part in slices(table.slice(skipped), batch_bytes):
                 end += len(part)
                 done += len(part)
                 after = {"state": state, "rows": done, "rows_since_state": end}
@@ -100,6 +101,18 @@ class HubSource:
                 "`hf auth login`."
             ) from error
         time.sleep(_FIRST_WAIT * 2 ** (failures - 1))
+
+
+def _gathered(tables: Iterable[pa.Table], size: int) -> Iterator[pa.Table]:
+    """Consecutive tables put together until they have `size` bytes. When one is yielded, no more has been read."""
+    waiting: list[pa.Table] = []
+    for table in tables:
+        waiting.append(table)
+        if sum(t.nbytes for t in waiting) >= size or sum(map(len, waiting)) >= _MOST_ROWS:
+            yield pa.concat_tables(waiting, promote_options="default")
+            waiting = []
+    if waiting:
+        yield pa.concat_tables(waiting, promote_options="default")
 
 
 # The network, an unknown name or split, rows that do not parse.

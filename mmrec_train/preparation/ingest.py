@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import xxhash
 from transformers import PreTrainedTokenizerBase
 
 from mmrec_train.config.yaml_file import by_dotted_key
+from mmrec_train.data.checksums import file_checksum
 from mmrec_train.data.manifest import TOKENIZER_NAME, Dtype, Manifest, SourceInfo, Split, read_manifest, write_manifest
 from mmrec_train.data.tokenizer import fingerprint, pretrained_tokenizer, special_ids, train_tokenizer, vocab_size
 from mmrec_train.disk import sync
@@ -23,6 +25,7 @@ from mmrec_train.preparation.filters import DUPLICATE, OUTCOMES, is_held_out
 from mmrec_train.preparation.journal import Journal, SourceState, open_journal
 from mmrec_train.preparation.partial import Partial, Refusal, holds_something, occupied
 from mmrec_train.preparation.recipe import Recipe
+from mmrec_train.preparation.records import Document
 from mmrec_train.preparation.shards import SHARD_BYTES, SplitWriter, split_info
 from mmrec_train.preparation.sources import Position, Source, SourceUnavailable
 from mmrec_train.preparation.workers import Encoded, Vocabulary, WorkerDied, Workers, is_kept
@@ -32,6 +35,7 @@ BATCH_BYTES = 1 << 20  # of records, encoded at once by a process
 COMMIT_SECONDS = 5.0  # of work that a kill may cost
 _COMMIT_BYTES = 64 << 20  # the same in bytes of tokens: what waits for the disk stays little
 _BYTES_PER_TOKEN = 4  # a guess, for the progress only
+_TOKENIZER_FILES = ("*token*.json", "*.model", "vocab.*", "merges.txt")
 _SPLITS: tuple[Split, ...] = get_args(Split)
 
 
@@ -84,6 +88,7 @@ def prepare(
     request = {
         "recipe": recipe.model_dump(mode="json"),
         "tokenizer": tokenizer,
+        "files of the tokenizer": _tokenizer_files(tokenizer),
         "shard_bytes": settings.shard_bytes,
     }
     with partial.locked(), _explained(partial):
@@ -99,6 +104,13 @@ def prepare(
         manifest = read_manifest(partial.out)
         partial.discard()
     return manifest
+
+
+def _tokenizer_files(tokenizer: str | int) -> dict[str, str]:
+    """Checksums of a local tokenizer's files: other ones would not be those that the first documents got."""
+    folder = Path(os.path.expanduser(str(tokenizer)))
+    files = {path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)} if folder.is_dir() else set()
+    return {path.name: file_checksum(path) for path in sorted(files)}
 
 
 def _check_request(journal: Journal, request: dict[str, Any], partial: Partial) -> None:
@@ -181,6 +193,9 @@ class _Preparation:
             stock = source.take_stock(recorded)
             if recorded is None:
                 self._journal.set_stock(name, stock)
+        for name, state in self._states.items():
+            if state.position is None:
+                self._check_holds_text(name)
         tokenizer = self._stored_tokenizer()
         bos_id, eos_id = special_ids(tokenizer)
         size = vocab_size(tokenizer)
@@ -224,19 +239,37 @@ class _Preparation:
             sync(self._partial.data)
         return pretrained_tokenizer(str(stored))
 
+    def _filtered(self, name: str) -> Iterator[list[tuple[Document, str | None]]]:
+        """The documents of a source, by batch, each with the reason why it is left out."""
+        treatment = self._recipe.sources[name].treatment(self._recipe.validation_fraction)
+        for piece in self._sources[name].read(None, self._settings.batch_bytes):
+            documents = piece.batch.documents(treatment.extraction)
+            yield [(document, treatment.filters.reason(document)) for document in documents]
+
+    def _check_holds_text(self, name: str) -> None:
+        """Better known now than after days of work on the sources before it."""
+        left_out: Counter[str | None] = Counter()
+        for documents in self._filtered(name):
+            left_out.update(reason for _, reason in documents)
+            if left_out[None]:
+                return
+        counts = ", ".join(f"{left_out[reason]} {reason}" for reason in OUTCOMES if left_out[reason])
+        raise UserError(
+            f"the source {name} ({self._recipe.sources[name].source}) holds no text to keep"
+            + (f"; of its documents were left out: {counts}." if counts else ".")
+        )
+
     def _sample(self) -> Iterator[str]:
         """Training documents of every source, in proportion to the weights."""
         progress = Progress("training the tokenizer")
         weights = {name: choice.weight or 1.0 for name, choice in self._recipe.sources.items()}
-        for name, source in self._sources.items():
+        for name in self._sources:
             room = TOKENIZER_SAMPLE_BYTES * weights[name] / sum(weights.values())
-            treatment = self._recipe.sources[name].treatment(self._recipe.validation_fraction)
-            for piece in source.read(None, self._settings.batch_bytes):
-                for document in piece.batch.documents(treatment.extraction):
+            for documents in self._filtered(name):
+                for document, reason in documents:
                     data = document.text.encode()
-                    if treatment.filters.reason(document) is not None or is_held_out(
-                        xxhash.xxh3_64_intdigest(data), treatment.validation_fraction
-                    ):
+                    held_out = is_held_out(xxhash.xxh3_64_intdigest(data), self._recipe.validation_fraction)
+                    if reason is not None or held_out:
                         continue
                     yield document.text
                     room -= len(data)
@@ -268,12 +301,6 @@ class _Preparation:
                 if time.monotonic() - committed_at >= self._settings.commit_seconds or unsafe_bytes >= _COMMIT_BYTES:
                     self._journal.commit(name, state, writers)
                     committed_at, committed_tokens = time.monotonic(), state.tokens
-        if not state.documents:
-            left_out = ", ".join(f"{count} {reason}" for reason, count in state.left_out.items())
-            raise UserError(
-                f"the source {name} ({choice.source}) holds no text to keep"
-                + (f"; of its documents were left out: {left_out}." if left_out else ".")
-            )
         for writer in writers.values():
             writer.finish()
         state.finished = True

@@ -19,7 +19,7 @@ class Partial:
     """`.NAME.partial` beside NAME: `data` becomes NAME by one rename, `journal` says how far it has come."""
 
     def __init__(self, out: Path) -> None:
-        self.out = out.expanduser().resolve()  # the data set takes the place of what a link leads to
+        self.out = Path(os.path.expanduser(out)).resolve()  # the data set takes the place of what a link leads to
         self.folder = self.out.parent / f".{self.out.name}.partial"
         self.data = self.folder / "data"
         self.journal = self.folder / "journal.sqlite"

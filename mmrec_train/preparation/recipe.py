@@ -1,6 +1,7 @@
 """What is to be prepared: the sources, how text is taken from each, and what is left out. docs/data_preparation.md."""
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -87,9 +88,10 @@ class SourceChoice(_Section):
         source = open_source(
             self.source, fields=self.extraction.fields, pattern=self.pattern, name=self.name, split=self.split
         )
-        if not source.has_fields and (self.text_field is not None or self.template is not None):
-            option = "--template" if self.template is not None else "--text-field"
-            raise UserError(f"{option} names fields of records, but --source {self.source} has text files only")
+        options = {"--template": self.template, "--text-field": self.text_field, "--language": self.filters.language}
+        given = [option for option, value in options.items() if value is not None]
+        if given and not source.has_fields:
+            raise UserError(f"{given[0]} names fields of records, but --source {self.source} has text files only")
         return source
 
 
@@ -144,8 +146,8 @@ def _located(recipe: Recipe, folder: Path) -> Recipe:
     """The recipe with paths that do not depend on the working directory where they are those of files."""
     sources = {}
     for name, choice in recipe.sources.items():
-        beside = folder / Path(choice.source).expanduser()
-        is_path = choice.source != "stdlib" and beside.exists()
+        beside = folder / os.path.expanduser(choice.source)
+        is_path = choice.source != "stdlib" and os.path.exists(beside)  # False, too, for what cannot be a path
         sources[name] = choice.model_copy(update={"source": str(beside)}) if is_path else choice
     return recipe.model_copy(update={"sources": sources})
 

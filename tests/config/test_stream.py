@@ -142,6 +142,14 @@ def test_sets_end_at_the_limit_or_before(load: Callable[..., RunConfig], tmp_pat
     }
 
 
+def test_two_sets_of_one_name_are_refused(load: Callable[..., RunConfig], tmp_path: Path) -> None:
+    write_documents(tmp_path / "a", {"en.web": [[1] * 9], "txt": [[4] * 5]}, split="validation")
+    write_documents(tmp_path / "b", [[5] * 30], split="validation")
+    config = load(f"data.validation={{held: {tmp_path}/a, held.txt: {tmp_path}/b}}")
+    with pytest.raises(UserError, match=r"data\.validation\.held\.txt: another set is called held\.txt, too; rename"):
+        validation_sets(config, training_data(config, verify=True), verify=True)
+
+
 def test_sources_without_validation_documents(load: Callable[..., RunConfig], tmp_path: Path) -> None:
     write_documents(tmp_path / "both", {"code": [[1, 2, 3]], "prose": [[4, 5]]})
     manifest = tmp_path / "both/manifest.json"

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from mmrec_train.data.dataset import open_dataset
 from mmrec_train.data.manifest import read_manifest
 from mmrec_train.data.tokenizer import train_tokenizer
 from mmrec_train.errors import EXIT_OK, EXIT_USER_ERROR
+from mmrec_train.preparation import hub
 from tests.preparation.fake_hub import REVISION, fake_hub
 from tests.preparation.texts import TEXTS, contents, prepare_texts, recipe_of, stored_texts
 
@@ -174,6 +176,20 @@ def test_a_prepared_data_set_on_the_hub(tmp_path: Path) -> None:
     newest, named, missing = done.stdout.splitlines()
     assert json.loads(newest) == json.loads(named) == documents
     assert missing.startswith(f"{urls[2]} is not a prepared data set: it has no manifest.json")
+
+
+def test_rows_are_gathered_up_to_a_size_and_no_further() -> None:
+    read = []
+
+    def tables() -> Iterator[pa.Table]:
+        for number, size in enumerate([10, 10, 500, 10, 10]):
+            read.append(number)
+            yield pa.table({"body": ["x" * size]})
+
+    gathered = [(table["body"].to_pylist(), len(read)) for table in hub._gathered(tables(), 300)]
+    assert [(list(map(len, texts)), count) for texts, count in gathered] == [([10, 10, 500], 3), ([10, 10], 5)]
+    many = [pa.table({"body": [""] * 300})] * 9
+    assert [len(table) for table in hub._gathered(many, 10**9)] == [1200, 1200, 300]
 
 
 def test_killed_in_the_middle_of_the_stream(tmp_path: Path) -> None:

@@ -230,14 +230,27 @@ def test_an_empty_source_is_named(tmp_path: Path, texts: list[str]) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
 
-def test_an_empty_source_after_another_says_what_was_left_out(tmp_path: Path, tokenizer: str) -> None:
+def test_an_empty_source_is_named_before_others_are_tokenized(tmp_path: Path, tokenizer: str) -> None:
+    sources = {
+        name: {"source": str(write_lines(tmp_path / f"{name}.jsonl", texts)), "filters": {"min_characters": 2}}
+        for name, texts in (("full", ["ab"]), ("hollow", ["", "a", "b"]))
+    }
+    message = r"the source hollow .* left out: 1 empty, 2 too_short\. Nothing was written"
+    with pytest.raises(UserError, match=message):
+        prepare(recipe_of(sources), tmp_path / "out", tokenizer=tokenizer, settings=ALONE)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["full.jsonl", "hollow.jsonl"]
+
+
+def test_a_source_of_duplicates_only_stays_empty(tmp_path: Path, tokenizer: str) -> None:
     sources = {
         name: {"source": str(write_lines(tmp_path / f"{name}.jsonl", texts))}
-        for name, texts in (("full", ["a"]), ("hollow", ["", "a"]))
+        for name, texts in (("full", ["a", "b"]), ("copy", ["", "a"]), ("more", ["b", "c"]))
     }
-    with pytest.raises(UserError, match=r"the source hollow .* left out: 1 empty, 1 duplicate.*\.out\.partial"):
-        prepare(recipe_of(sources, deduplicate=True), tmp_path / "out", tokenizer=tokenizer, settings=ALONE)
-    assert not (tmp_path / "out").exists()
+    manifest = prepare(recipe_of(sources, deduplicate=True), tmp_path / "out", tokenizer=tokenizer, settings=ALONE)
+    assert manifest.sources["copy"].left_out == {"empty": 1, "duplicate": 1}
+    assert manifest.sources["copy"].splits == {}
+    assert list(open_dataset(tmp_path / "out", "train", verify=True).sources) == ["full", "more"]
+    assert stored_texts(tmp_path / "out", source="more") == ["c"]
 
 
 def test_empty_validation_split(tmp_path: Path) -> None:

@@ -159,3 +159,16 @@ def test_options_that_are_not_possible(options: dict[str, object], message: str)
     with pytest.raises(UserError) as caught:
         recipe_of_one("somewhere", options)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("source", ["~nobody-has-this-name/x", "x" * 300])
+def test_a_source_that_cannot_be_a_path_is_left_as_it_is(tmp_path: Path, source: str) -> None:
+    (tmp_path / "recipe.yaml").write_text(f"sources:\n  a: {{source: {source}}}")
+    assert load_recipe(tmp_path / "recipe.yaml").sources["a"].source == source
+
+
+def test_a_language_field_is_none_of_text_files(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    choice = recipe_of_one(str(tmp_path), {"language": "lang=en"}).sources["main"]
+    with pytest.raises(UserError, match="--language names fields of records, but --source .* has text files only"):
+        choice.open()
