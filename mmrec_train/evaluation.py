@@ -145,6 +145,7 @@ class FixedLanes(LaneLoader):
             try:
                 [chunk] = self.next_step()
             except StopIteration:
+                self._source.prefetch(())  # others may have the room that it took
                 return
             position = torch.zeros_like(chunk.input_ids)
             for row, spans in enumerate(self._spans[self._own]):

@@ -24,7 +24,7 @@ VOCABULARY_MULTIPLE = 64  # a vocabulary taken from the data set is rounded up t
 Count = Annotated[int, Field(ge=1)]
 Index = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
-Weight = Annotated[float, Field(gt=0, le=1e9)]  # as in a manifest
+Weight = Annotated[float, Field(ge=1e-9, le=1e9)]  # as in a manifest
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 PathText = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]

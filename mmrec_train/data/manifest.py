@@ -23,7 +23,9 @@ COPY_REMEDY = "Copy the data set again from where it was whole, or prepare it ag
 
 Split = Literal["train", "validation"]
 Dtype = Literal["uint16", "uint32"]
-Weight = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]  # sums and products of them are numbers, too
+MIN_WEIGHT, MAX_WEIGHT = 1e-9, 1e9  # sums, products and shares of them are numbers, too, and not 0
+Weight = Annotated[float, Field(ge=MIN_WEIGHT, le=MAX_WEIGHT, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0)]
 SourceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]  # it is a folder's name, too
 
 
@@ -87,9 +89,9 @@ class SourceInfo(_Record):
 
     weight: Weight | None = Field(description="relative share of the tokens trained on; null: its own tokens")
     provenance: dict[str, JsonValue] = Field(description="where the text came from and how it was chosen")
-    left_out: dict[str, int] = Field(description="documents left out, by reason")
-    invalid_utf8_documents: int = Field(description="documents in which invalid text was replaced by U+FFFD")
-    invalid_utf8_replaced: int = Field(description="replacements in all of them")
+    left_out: dict[str, Count] = Field(description="documents left out, by reason")
+    invalid_utf8_documents: Count = Field(description="documents in which invalid text was replaced by U+FFFD")
+    invalid_utf8_replaced: Count = Field(description="replacements in all of them")
     splits: dict[Split, SplitInfo] = Field(description="only those that hold documents")
 
 
@@ -119,6 +121,13 @@ class Manifest(_Record):
                         f"{split}/{name}/{shard.name}.bin of {shard.bin.size} bytes, "
                         f"where {shard.tokens} tokens of {self.dtype} need {shard.tokens * width}",
                     )
+        return self
+
+    @model_validator(mode="after")
+    def _all_have_weights_or_none(self) -> Self:
+        given = [name for name, source in self.sources.items() if source.weight is not None]
+        missing = ", ".join(name for name in self.sources if name not in given)
+        _require(not (given and missing), f"a weight for {', '.join(given)}, but none for {missing}")
         return self
 
 

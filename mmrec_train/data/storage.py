@@ -139,6 +139,6 @@ class RemoteFolder:
         self._cache.prefetch(reader, files, self._remote)
 
     def check(self, file: StoredFile, *, contents: bool) -> None:
-        """Without `contents` nothing is asked of the server: a file is checked when it arrives."""
+        """With `contents` that of the server is read, also where it is cached; else nothing is asked of the server."""
         if contents:
             self._cache.verify(file, self._remote)

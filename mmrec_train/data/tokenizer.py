@@ -86,7 +86,7 @@ def fingerprint(folder: Path) -> str:
     path = folder / "tokenizer.json"
     try:
         return json_checksum(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is damaged"
         raise UserError(f"cannot read the tokenizer {path}: {reason}. Put the original tokenizer back.") from error
 

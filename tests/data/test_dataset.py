@@ -71,10 +71,10 @@ def test_places_of_any_documents_in_any_order(
 
 
 def test_sources_keep_their_documents_and_weights(tmp_path: Path) -> None:
-    dataset = write_documents(tmp_path, {"b": [[1], [2]], "a.x": [[3, 4]]}, weights={"b": 0.5})
+    dataset = write_documents(tmp_path, {"b": [[1], [2]], "a.x": [[3, 4]]}, weights={"b": 0.5, "a.x": 2.0})
     assert list(dataset.sources) == ["b", "a.x"]
     assert dataset.sources["a.x"].read(0).tolist() == [3, 4]
-    assert (dataset.sources["b"].weight, dataset.sources["a.x"].weight) == (0.5, None)
+    assert (dataset.sources["b"].weight, dataset.sources["a.x"].weight) == (0.5, 2.0)
     assert (dataset.num_documents, dataset.num_tokens) == (3, 4)
 
 

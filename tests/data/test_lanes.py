@@ -462,9 +462,9 @@ def test_insisting_on_a_change_keeps_what_is_the_same(tmp_path: Path) -> None:
 
 
 def test_half_of_the_sources_with_weights_is_refused(tmp_path: Path) -> None:
-    dataset = write_documents(tmp_path, {"a": [[1, 2]], "b": [[3]]}, weights={"a": 1.0})
+    dataset = write_documents(tmp_path, {"a": [[1, 2]], "b": [[3]]})
     with pytest.raises(UserError, match="the source b has no weight, but a has one"):
-        make_loaders(dataset, 1, StreamSettings(), num_lanes=1, chunk_len=1)
+        make_loaders(dataset, 1, StreamSettings(weights={"a": 1.0}), num_lanes=1, chunk_len=1)
 
 
 def test_sources_without_weights_end_together(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from mmrec_train.data.manifest import read_manifest
+from mmrec_train.data.mixture import FairShare, resolve_weights
 from mmrec_train.errors import UserError
 from tests.data.documents import write_documents
 
@@ -49,6 +50,10 @@ def shard(manifest: dict[str, Any]) -> dict[str, Any]:
         (lambda m: shard(m)["idx"].update(size=24), "an idx of 24 bytes, where 1 documents need 16"),
         (lambda m: m["sources"]["main"]["splits"]["train"].update(documents=7), "7 documents, but its shards hold 1"),
         (lambda m: m["sources"]["main"]["splits"]["train"]["shards"].append(shard(m)), "two shards of one name"),
+        (
+            lambda m: m["sources"].update(b={**m["sources"]["main"], "weight": 0.5}),
+            "a weight for b, but none for main",
+        ),
     ],
 )
 def test_a_manifest_that_contradicts_itself(
@@ -61,6 +66,36 @@ def test_a_manifest_that_contradicts_itself(
     path.write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=rf"manifest\.json: .*contradicts itself: .*{message}"):
         read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"left_out": {"short": 3, "long": -1}}, r"left_out\.long: .* greater than or equal to 0"),
+        ({"invalid_utf8_documents": -1}, r"invalid_utf8_documents: .* greater than or equal to 0"),
+        ({"invalid_utf8_replaced": -1}, r"invalid_utf8_replaced: .* greater than or equal to 0"),
+        ({"weight": 5e-324}, r"weight: .* greater than or equal to 0\.000000001"),
+        ({"weight": 0}, r"weight: .* greater than or equal to 0\.000000001"),
+        ({"weight": 1.1e9}, r"weight: .* less than or equal to 1000000000"),
+    ],
+)
+def test_counts_and_weights_out_of_range(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    write_documents(tmp_path, [[1, 2]])
+    path = tmp_path / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["sources"]["main"].update(change)
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=rf"manifest\.json: sources\.main\.{message}"):
+        read_manifest(tmp_path)
+
+
+def test_the_smallest_weight_beside_the_largest(tmp_path: Path) -> None:
+    dataset = write_documents(tmp_path, {"a": [[1]], "b": [[2]]}, weights={"a": 1e9, "b": 1e-9})
+    weights = {name: source.weight for name, source in dataset.sources.items()}
+    assert resolve_weights({"a": 1, "b": 1}, weights, None, None) == {"a": 1.0, "b": 1e-18}
+    shares = FairShare([1.0, 1e-18])
+    shares.given = [10**15, 10**15]
+    assert shares.next([0, 1]) == 0
 
 
 def test_a_manifest_that_is_not_text(tmp_path: Path) -> None:

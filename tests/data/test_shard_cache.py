@@ -7,13 +7,17 @@ import os
 import threading
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from mmrec_train.data import shard_cache as shard_cache_module
+from mmrec_train.data.views import head
 from mmrec_train.errors import UserError
-from tests.data.remote import Requests, leftovers, open_remote, wait_until
+from mmrec_train.evaluation import FixedLanes
+from tests.data.remote import Requests, leftovers, open_remote, remote_path, wait_until
 
 SHARD = 136  # bytes of the largest shard of `documents`
 
@@ -159,14 +163,76 @@ def test_prefetched_shards_are_there_and_stay(tmp_path: Path, documents: list[li
     assert "shard_00005.bin" in requests.fetched
 
 
-def test_no_more_is_prefetched_than_half_the_cache(
+def files_of(*shards: int) -> list[str]:
+    return [f"shard_{shard:05d}.{kind}" for shard in shards for kind in ("idx", "bin")]
+
+
+def prefetched() -> None:
+    wait_until(lambda: not any(thread.name == "shard prefetch" for thread in threading.enumerate()))
+
+
+def test_no_more_is_prefetched_than_fits_the_cache(
     tmp_path: Path, documents: list[list[int]], requests: Requests
 ) -> None:
-    source = open_remote(tmp_path, max_bytes=4 * SHARD).sources["main"]
+    source = open_remote(tmp_path, max_bytes=2 * SHARD).sources["main"]
     source.prefetch(range(10))
-    wait_until(lambda: not any(thread.name == "shard prefetch" for thread in threading.enumerate()))
-    expected = ["shard_00000.idx", "shard_00000.bin", "shard_00001.idx", "shard_00001.bin", "shard_00002.idx"]
-    assert requests.fetched == expected
+    prefetched()
+    assert requests.fetched == [*files_of(0, 1), "shard_00002.idx"]
+
+
+def test_the_next_group_is_prefetched_into_a_cache_of_two(
+    tmp_path: Path, documents: list[list[int]], requests: Requests
+) -> None:
+    """While the current one is read, and in the place of those before."""
+    shards = open_remote(tmp_path).sources["main"].shards
+    largest = sum(shard.bin.size + shard.idx.size for shard in shards[6:])
+    source = open_remote(tmp_path, max_bytes=largest).sources["main"]
+    for first in range(0, 10, 2):
+        source.prefetch(shard for shard in range(first, first + 4) if shard < 10)
+        prefetched()
+        assert requests.fetched == files_of(*range(min(first + 4, 10)))
+        for _ in range(2):
+            assert [source.read(index).tolist() for index in (first, first + 1)] == documents[first : first + 2]
+        assert requests.fetched == files_of(*range(min(first + 4, 10)))
+        assert cached_bytes(tmp_path) <= largest
+
+
+def test_more_is_prefetched_than_is_mapped(
+    tmp_path: Path, documents: list[list[int]], requests: Requests, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shard_cache_module, "MAX_MAPS", 4)
+    source = open_remote(tmp_path).sources["main"]
+    source.prefetch(range(10))
+    prefetched()
+    assert requests.fetched == files_of(*range(10))
+    assert Path("/proc/self/maps").read_text().count(str(tmp_path / "cache")) == 4
+    assert [source.read(index).tolist() for index in range(10)] == documents
+    assert len(requests.fetched) == 20
+
+
+def test_readers_share_the_room(tmp_path: Path, documents: list[list[int]], requests: Requests) -> None:
+    """What two of them want takes room once, and what one has given up takes none."""
+    one, two = (open_remote(tmp_path, max_bytes=4 * SHARD).sources["main"] for _ in range(2))
+    one.prefetch([6, 7, 8])
+    two.prefetch([8, 7, 6, 9])
+    prefetched()
+    assert requests.fetched == files_of(6, 7, 8, 9)
+    one.prefetch([])
+    two.prefetch([0, 1, 2, 3])
+    prefetched()
+    assert requests.fetched == files_of(6, 7, 8, 9, 0, 1, 2, 3)
+
+
+def test_a_validation_that_is_over_leaves_the_cache_to_others(
+    tmp_path: Path, documents: list[list[int]], requests: Requests
+) -> None:
+    dataset = open_remote(tmp_path, max_bytes=4 * SHARD)
+    held_out = head(dataset, "main", 100)  # which a trainer keeps
+    read = [chunk.input_ids.tolist() for chunk, _ in FixedLanes(held_out, chunk_len=100, batch=1)]
+    assert read == [[[token for document in documents for token in document][:100]]]
+    dataset.sources["main"].prefetch([6, 7, 8, 9])
+    prefetched()
+    assert requests.fetched[-8:] == files_of(6, 7, 8, 9)
 
 
 def test_a_newer_prefetch_replaces_the_one_under_way(
@@ -246,3 +312,45 @@ def test_verification_finds_a_corrupt_cached_file_and_fetches_it_again(
     assert list(source.damage(0, contents=True)) == []
     assert source.read(0).tolist() == documents[0]
     assert requests.fetched.count("shard_00000.bin") == 2
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda whole: whole[:-1], "arrived truncated (91 bytes, the manifest says 92), twice"),
+        (lambda whole: b"\xff" + whole[1:], "arrived corrupt (its checksum is not the manifest's), twice"),
+        (None, "is missing, though the manifest lists it"),
+    ],
+)
+def test_verification_finds_damage_of_which_the_cache_has_a_whole_copy(
+    tmp_path: Path,
+    documents: list[list[int]],
+    requests: Requests,
+    damage: Callable[[bytes], bytes] | None,
+    message: str,
+) -> None:
+    source = open_remote(tmp_path).sources["main"]
+    source.read(2)
+    requests.fetched.clear()
+    assert list(source.damage(2, contents=True)) == []
+    assert requests.fetched == ["shard_00002.bin", "shard_00002.idx"]
+    before = sorted((tmp_path / "cache").iterdir())
+    files, path = fsspec.filesystem("memory"), remote_path("shard_00002.bin")
+    whole = files.cat_file(path)
+    files.rm(path)
+    if damage is not None:
+        files.pipe_file(path, damage(whole))
+    [found] = source.damage(2, contents=True)
+    assert str(found).startswith(f"shard {path} {message}. Copy the data set again")
+    assert sorted((tmp_path / "cache").iterdir()) == before
+    requests.fetched.clear()
+    assert source.read(2).tolist() == documents[2]
+    assert requests.fetched == []
+
+
+def test_verification_fetches_what_is_not_cached_once(
+    tmp_path: Path, documents: list[list[int]], requests: Requests
+) -> None:
+    source = open_remote(tmp_path).sources["main"]
+    assert list(source.damage(2, contents=True)) == []
+    assert requests.fetched == ["shard_00002.bin", "shard_00002.idx"]

@@ -1,7 +1,9 @@
 """Data sets at URLs: what is read, asked again, verified and named when it is missing or damaged."""
 
+import socket
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -157,6 +159,36 @@ def test_a_missing_library_is_named() -> None:
 def test_an_unknown_protocol_is_named() -> None:
     with pytest.raises(UserError, match=r"cannot read foo://bucket/data: .*foo.*Known are .*memory"):
         open_dataset("foo://bucket/data", "train", verify=True)
+
+
+def test_a_server_that_does_not_answer_is_named() -> None:
+    """Some libraries connect before the first request."""
+    with socket.socket() as unused:  # bound, but it does not listen
+        unused.bind(("127.0.0.1", 0))
+        url = f"ftp://127.0.0.1:{unused.getsockname()[1]}/data"
+        with pytest.raises(UserError, match=rf"reading {url} failed 4 times.*Connection refused\. Check the address"):
+            open_dataset(url, "train", verify=True)
+
+
+def test_a_server_that_does_not_answer_is_asked_again(
+    tmp_path: Path, documents: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers: list[Exception] = [ConnectionRefusedError(), TimeoutError(), OSError("busy")]
+    connect = fsspec.core.url_to_fs
+
+    def late(url: str) -> Any:
+        if answers:
+            raise answers.pop()
+        return connect(url)
+
+    monkeypatch.setattr("fsspec.core.url_to_fs", late)
+    assert open_remote(tmp_path).sources["main"].read(4).tolist() == documents[4]
+    assert answers == []
+
+
+def test_what_a_url_leads_into_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot read zip://data::file://.*/absent\.zip: .*No such file"):
+        open_dataset(f"zip://data::file://{tmp_path}/absent.zip", "train", verify=True)
 
 
 def test_a_file_url_is_a_local_folder(tmp_path: Path) -> None:

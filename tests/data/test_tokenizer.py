@@ -124,6 +124,9 @@ def test_missing_and_damaged_tokenizer(data_set: Path) -> None:
     path.write_text(path.read_text()[:-5])
     with pytest.raises(UserError, match=r"tokenizer\.json: it is damaged"):
         load_tokenizer(data_set)
+    path.write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"tokenizer\.json: it is damaged"):
+        load_tokenizer(data_set)
     path.unlink()
     with pytest.raises(UserError, match=r"tokenizer\.json: No such file"):
         load_tokenizer(data_set)

@@ -90,7 +90,10 @@ def test_the_example_is_valid() -> None:
             "sources:\n  a:\n    source: b\n    filters:\n      language: {feld: x, keep: [y]}",
             "recipe.yaml:5: missing key 'sources.a.filters.language.field'",
         ),
-        ("sources:\n  a: {source: b, weight: 0}", "recipe.yaml:2: sources.a.weight: must be greater than 0, got 0"),
+        (
+            "sources:\n  a: {source: b, weight: 0}",
+            "recipe.yaml:2: sources.a.weight: must be greater than or equal to 0.000000001, got 0",
+        ),
         ("sources:\n  a: {source: b, weight: .inf}", "recipe.yaml:2: sources.a.weight: "),
         ("sources:\n  a: {source: b, weight: 1e308}", "recipe.yaml:2: sources.a.weight: "),
         ("sources:\n  a: {source: b, max_tokens: yes}", "recipe.yaml:2: sources.a.max_tokens: must be a valid integer"),
@@ -170,5 +173,5 @@ def test_a_source_that_cannot_be_a_path_is_left_as_it_is(tmp_path: Path, source:
 def test_a_language_field_is_none_of_text_files(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("text")
     choice = recipe_of_one(str(tmp_path), {"language": "lang=en"}).sources["main"]
-    with pytest.raises(UserError, match="--language names fields of records, but --source .* has text files only"):
+    with pytest.raises(UserError, match=r"--language names fields of records, but --source .* has text files only"):
         choice.open()
