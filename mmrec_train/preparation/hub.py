@@ -10,12 +10,11 @@ import pyarrow as pa
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
-from mmrec_train.preparation.records import Rows
+from mmrec_train.preparation.records import MOST_DOCUMENTS, Rows
 from mmrec_train.preparation.sources import Piece, Position, SourceUnavailable, Stock
 from mmrec_train.preparation.tables import needed_columns, slices
 
 _ROWS = 16  # read at once, whatever their size
-_MOST_ROWS = 1000  # of a batch
 _RETRIES = 4
 _FIRST_WAIT = 0.5  # seconds before the first retry; each further one waits twice as long
 _BUSY = (408, 429, 500, 502, 503, 504)  # answers of a server that may have another one later
@@ -108,7 +107,7 @@ def _gathered(tables: Iterable[pa.Table], size: int) -> Iterator[pa.Table]:
     waiting: list[pa.Table] = []
     for table in tables:
         waiting.append(table)
-        if sum(t.nbytes for t in waiting) >= size or sum(map(len, waiting)) >= _MOST_ROWS:
+        if sum(t.nbytes for t in waiting) >= size or sum(map(len, waiting)) >= MOST_DOCUMENTS:
             yield pa.concat_tables(waiting, promote_options="default")
             waiting = []
     if waiting:

@@ -3,6 +3,7 @@
 A reader (`sources`) passes records on as they lie: a block of JSON lines, rows of a table, the bytes of text files.
 """
 
+import codecs
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -15,8 +16,12 @@ import pyarrow.compute as pc
 
 from mmrec_train.errors import UserError
 
+MOST_DOCUMENTS = 1000  # of a batch: short ones, too, take some kilobytes each while they are treated
+
+_LOOKED_AT = 8192  # bytes: further on a zero byte is damage to a text
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_OTHER_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
+_ONE_A_LINE = "one object a line is expected. Mend or remove it; in a folder, --pattern chooses the files to read."
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,7 @@ class Extraction:
         if self.language_field is not None:
             language = _decode_value(values[-1])[0]
             if language is not None and not isinstance(language, str):
-                raise UserError(f"{where}: the language field {self.language_field} is not text but {_kind(language)}")
+                raise UserError(f"{where}: the language field {self.language_field} is not text but {_kind(language)}.")
         return Document("".join(parts), replaced, language)
 
     def _text(self, value: Any, field: str, where: str) -> tuple[str, int]:
@@ -92,7 +97,7 @@ class Extraction:
             return value, replaced
         if self.template.takes_numbers and isinstance(value, int | float):
             return json.dumps(value), replaced
-        raise UserError(f"{where}: field {field} is not text but {_kind(value)}")
+        raise UserError(f"{where}: field {field} is not text but {_kind(value)}.")
 
 
 class JsonLines(NamedTuple):
@@ -111,10 +116,10 @@ class JsonLines(NamedTuple):
             try:
                 record = json.loads(decoded.text)
             except (ValueError, RecursionError) as error:
-                reason = error.msg if isinstance(error, json.JSONDecodeError) else error
-                raise UserError(f"{where}: not JSON ({reason}); one object a line is expected") from None
+                reason = why_not_utf8(line) or (error.msg if isinstance(error, json.JSONDecodeError) else error)
+                raise UserError(f"{where}: not JSON ({reason}); {_ONE_A_LINE}") from None
             if not isinstance(record, dict):
-                raise UserError(f"{where}: not a JSON object; one object a line is expected")
+                raise UserError(f"{where}: not a JSON object; {_ONE_A_LINE}")
             document = extraction.document([_look_up(record, field, where) for field in extraction.fields], where)
             yield Document(document.text, document.replaced + decoded.replaced, document.language)
 
@@ -140,7 +145,7 @@ class Rows(NamedTuple):
             column = _column(table, field, self.where)
             is_text = pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)
             if not (is_text or pa.types.is_null(column.type) or extraction.template.takes_numbers):
-                raise UserError(f"{self.where}: column {field} holds {column.type}, not text")
+                raise UserError(f"{self.where}: column {field} holds {column.type}, not text.")
             try:
                 columns.append(column.to_pylist())
             except (ValueError, OverflowError) as error:  # a date that Python has none for
@@ -163,12 +168,21 @@ Batch: TypeAlias = JsonLines | Rows | TextFiles
 
 def decode_utf8(data: bytes) -> Document:
     """Decode, with U+FFFD for what is not UTF-8, and drop a byte order mark."""
-    data = data.removeprefix(_BYTE_ORDER_MARK)
+    data = data.removeprefix(codecs.BOM_UTF8)
     try:
         return Document(data.decode("utf-8"), 0)
     except UnicodeDecodeError:
         text = data.decode("utf-8", errors="replace")
         return Document(text, text.count("\ufffd") - data.count("\ufffd".encode()))
+
+
+def why_not_utf8(data: bytes) -> str | None:
+    """What tells that `data` is no text in UTF-8, and the remedy; None where nothing does."""
+    if data.startswith(_OTHER_MARKS):
+        return "it is text in UTF-16 or UTF-32: convert it to UTF-8"
+    if b"\0" in data[:_LOOKED_AT]:
+        return "it is not text: there are zero bytes in it; convert it to UTF-8 if it is in UTF-16 or UTF-32"
+    return None
 
 
 def top_level(field: str, names: Sequence[str]) -> str:
@@ -226,8 +240,6 @@ def _column(table: pa.Table, field: str, where: str) -> pa.ChunkedArray:
         if not pa.types.is_struct(column.type) or column.type.get_field_index(inner) < 0:
             raise no_field(where, field, table.column_names)
         column = pc.struct_field(column, inner)
-    if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
-    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type) or pa.types.is_string_view(column.type):
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
         column = column.cast(pa.large_binary())
     return column

@@ -1,20 +1,24 @@
 """Where text comes from. A source can be read again from any place it has given, and then gives the same records."""
 
+import gzip
 import io
 import json
 import os
 import platform
 import re
 import sysconfig
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from itertools import islice
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple, Protocol
 
 import pyarrow as pa
 
 from mmrec_train.errors import UserError
-from mmrec_train.preparation.records import Batch, JsonLines, TextFiles
+from mmrec_train.preparation.records import MOST_DOCUMENTS, Batch, JsonLines, TextFiles, why_not_utf8
 from mmrec_train.preparation.tables import ARROW_SUFFIX, PARQUET_SUFFIX, read_arrow, read_parquet
 
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst")
@@ -32,7 +36,7 @@ _STDLIB_SKIPPED = {
     "lib2to3",
     "turtledemo",
 }
-_LOOKED_AT = 8192  # bytes at the beginning of a file of unknown kind
+_WIDE_WINDOW = "Frame requires too much memory"  # what zstd says of more than 128 MiB
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 Position = dict[str, Any]  # JSON
@@ -100,7 +104,7 @@ def open_source(
     if has_splits and not is_hub:
         return _saved_split(path, split or "train", fields)
     if path.is_dir():
-        if pattern is None and (path / "state.json").is_file():
+        if pattern is None and _is_saved(path):
             return _saved(path, fields)
         return _folder(path, fields, pattern)
     if path.exists():
@@ -127,11 +131,11 @@ def standard_library() -> "FileSource":
 def _folder(root: Path, fields: Sequence[str], pattern: str | None) -> "FileSource":
     everything = _walk(root, set())
     if pattern is not None:
-        # Path.match needs no ** for files at any depth, and takes it for one folder
-        wanted_name = pattern.removeprefix("**/")
-        if not PurePath(wanted_name).parts:
+        wanted_parts = PurePath(pattern).parts
+        if not wanted_parts:
             raise UserError(f"--pattern {pattern} names no files; give one such as '*.py'")
-        files = [file for file in everything if file.relative_to(root).match(wanted_name)]
+        # Below any folder, as if it began with **
+        files = [file for file in everything if _matches(file.relative_to(root).parts, ("**", *wanted_parts))]
     else:
         files = [file for file in everything if _kind(file) != "unknown"]
         if any(_kind(file) != "text" for file in files):  # a hub data set's folder has a page about it
@@ -153,6 +157,15 @@ def _folder(root: Path, fields: Sequence[str], pattern: str | None) -> "FileSour
     return FileSource(files, fields, provenance)
 
 
+def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether the names that lead to a file are as in `pattern`, in which ** is any number of them."""
+    if not pattern:
+        return not parts
+    if pattern[0] == "**":
+        return _matches(parts, pattern[1:]) or (bool(parts) and _matches(parts[1:], pattern))
+    return bool(parts) and fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
+
+
 def _saved_split(root: Path, split: str, fields: Sequence[str]) -> "FileSource":
     """One split of what `datasets.DatasetDict.save_to_disk` wrote."""
     listed = _read_json(root / "dataset_dict.json").get("splits")
@@ -161,6 +174,13 @@ def _saved_split(root: Path, split: str, fields: Sequence[str]) -> "FileSource":
         found = ", ".join(splits) or "none"
         raise UserError(f"--source {root} has no split {split}; there are {found}. Choose with --split.")
     return _saved(root / split, fields)
+
+
+def _is_saved(folder: Path) -> bool:
+    """Whether `datasets.Dataset.save_to_disk` wrote the folder: others, too, have files named state.json."""
+    state = folder / "state.json"
+    with _named(state):
+        return state.is_file() and b'"_data_files"' in state.read_bytes()
 
 
 def _saved(root: Path, fields: Sequence[str]) -> "FileSource":
@@ -239,7 +259,7 @@ class FileSource:
         self._stock = [[str(file), *_size_and_time(file)] for file in self._files]
         self.size = sum(size for _, size, _ in self._stock)
         if recorded is not None and recorded != self._stock:
-            raise UserError(f"the input is no longer what was begun with: {_difference(recorded, self._stock)}")
+            raise UserError(f"the input is no longer what was begun with: {_difference(recorded, self._stock)}.")
         return self._stock
 
     def provenance(self) -> dict[str, Any]:
@@ -256,10 +276,7 @@ class FileSource:
             self._check_unchanged(number)
             with _named(file):
                 if _kind(file) in ("text", "unknown"):
-                    with _Stream(file) as stream:
-                        texts.append(stream.read())
-                    if _kind(file) == "unknown" and b"\0" in texts[-1][:_LOOKED_AT]:
-                        raise ValueError("it is not text: there are zero bytes in it. Choose files with --pattern")
+                    texts.append(_read_text(file))
                     waiting += len(texts[-1])
                 else:
                     if texts:
@@ -270,7 +287,7 @@ class FileSource:
                         yield self._piece(batch, after, before + part * size)
             self._check_unchanged(number)
             before += size
-            if waiting >= batch_bytes:
+            if waiting >= batch_bytes or len(texts) == MOST_DOCUMENTS:
                 yield self._piece(TextFiles(texts), _Place(number + 1), before)
                 texts, waiting = [], 0
         if texts:
@@ -293,7 +310,7 @@ class FileSource:
     def _check_unchanged(self, number: int) -> None:
         path, *before = self._stock[number]
         if _size_and_time(Path(path)) != before:
-            raise UserError(f"{path} was changed while it was read")
+            raise UserError(f"{path} was changed while it was read.")
 
 
 def _size_and_time(file: Path) -> list[int]:
@@ -323,20 +340,21 @@ def _named(file: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, ValueError, pa.ArrowException) as error:
+    except (OSError, EOFError, ValueError, zlib.error, pa.ArrowException) as error:
         if isinstance(error, OSError) and error.strerror:
             raise SourceUnavailable(f"cannot read {file}: {error.strerror}.") from error
-        raise UserError(f"cannot read {file}: {str(error).rstrip('.')}.") from error
+        remedy = " Recompress it without --long." if _WIDE_WINDOW in str(error) else ""
+        raise UserError(f"cannot read {file}: {str(error).rstrip('.')}.{remedy}") from error
 
 
 class _Stream(io.BufferedReader):
-    """A file's bytes, decompressed by its suffix. Arrow reads concatenated frames and reports truncated ones."""
+    """A file's bytes, decompressed by its suffix: also concatenated frames, and truncated ones are reported."""
 
     def __init__(self, path: Path) -> None:
-        self._raw_file = pa.OSFile(str(path))
+        self._raw_file = pa.OSFile(os.fsencode(path))
         self._size = max(1, self._raw_file.size())
         compression = COMPRESSIONS.get(path.suffix.lower())
-        super().__init__(pa.CompressedInputStream(self._raw_file, compression) if compression else self._raw_file)
+        super().__init__(_decompressed(self._raw_file, compression) if compression else self._raw_file)
         self.is_compressed = compression is not None
 
     @property
@@ -356,12 +374,36 @@ class _Stream(io.BufferedReader):
             size -= skipped
 
 
+def _decompressed(file: pa.NativeFile, compression: str) -> Any:
+    if compression == "gzip":  # Arrow does not read files that are padded with zeros
+        return gzip.GzipFile(fileobj=file)
+    return pa.CompressedInputStream(file, compression)
+
+
+def _read_text(path: Path) -> bytes:
+    with _Stream(path) as stream:
+        text = stream.read()
+    if reason := why_not_utf8(text):
+        raise ValueError(f"{reason}. Choose the files to read with --pattern")
+    return text
+
+
 def _read_json_lines(path: Path, offset: int, line: int, batch_bytes: int) -> Iterator[tuple[JsonLines, int, float]]:
     """Blocks of whole lines, the place after each in bytes, and the part of the file up to there."""
     with _Stream(path) as stream:
         stream.skip(offset)
-        while data := stream.read(batch_bytes):
-            data += stream.readline()
+        while lines := _next_lines(stream, batch_bytes):
+            data = b"".join(lines)
             offset += len(data)
             yield JsonLines(str(path), line + 1, data), offset, stream.part
-            line += data.count(b"\n")
+            line += len(lines)
+
+
+def _next_lines(stream: _Stream, batch_bytes: int) -> list[bytes]:
+    lines, size = [], 0
+    for line in islice(stream, MOST_DOCUMENTS):
+        lines.append(line)
+        size += len(line)
+        if size >= batch_bytes:
+            break
+    return lines

@@ -1,5 +1,6 @@
 """Reading local tables, parquet and Arrow, in slices of about equal size."""
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -7,11 +8,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmrec_train.errors import UserError
-from mmrec_train.preparation.records import Rows, no_field, top_level
+from mmrec_train.preparation.records import MOST_DOCUMENTS, Rows, no_field, top_level
 
 PARQUET_SUFFIX, ARROW_SUFFIX = ".parquet", ".arrow"
 
-_MOST_ROWS = 1000  # decoded at once
 _ARROW_MAGIC = b"ARROW1"  # a file; without it, a stream
 
 
@@ -22,7 +22,7 @@ def read_parquet(
 
     With each come the number of rows up to its end, and what part of all rows that is.
     """
-    with pq.ParquetFile(path, buffer_size=1 << 20) as file:
+    with pa.OSFile(os.fsencode(path)) as raw, pq.ParquetFile(raw, buffer_size=1 << 20) as file:
         columns = needed_columns(str(path), fields, file.schema_arrow.names)
         row = 0
         for group in range(file.metadata.num_row_groups):
@@ -44,7 +44,7 @@ def read_arrow(
     path: Path, fields: Sequence[str], first_row: int, batch_bytes: int
 ) -> Iterator[tuple[Rows, int, float]]:
     """Like `read_parquet`, of an Arrow file or an Arrow stream."""
-    with pa.memory_map(str(path)) as file:
+    with pa.memory_map(os.fsencode(path)) as file:
         is_file = file.read(len(_ARROW_MAGIC)) == _ARROW_MAGIC
         file.seek(0)
         row = 0
@@ -70,29 +70,49 @@ def needed_columns(where: str, fields: Sequence[str], names: list[str]) -> list[
 
 def rows_of(size: int, rows: int, total_bytes: int) -> int:
     """How many of `rows` rows, `total_bytes` together, are about `size` bytes."""
-    return max(1, min(_MOST_ROWS, size * rows // max(1, total_bytes)))
+    return max(1, min(MOST_DOCUMENTS, size * rows // max(1, total_bytes)))
 
 
 def slices(rows: pa.RecordBatch | pa.Table, size: int) -> Iterator[pa.RecordBatch | pa.Table]:
     """Consecutive parts of about `size` bytes, at least a row each. A part that is far larger is cut again.
 
-    Columns of a dictionary's entries become columns of values: else every part would have the whole dictionary.
+    A dictionary's entries and views become values: else every part would have the whole dictionary, or all text.
     """
     count = rows_of(size, len(rows), rows.nbytes)
     for begin in range(0, len(rows), count):
-        part = _without_dictionaries(rows.slice(begin, count))
+        part = _with_own_values(rows.slice(begin, count))
         if len(part) > 1 and part.nbytes > 2 * size:
             yield from slices(part, size)
         else:
             yield part
 
 
-def _without_dictionaries(rows: pa.RecordBatch | pa.Table) -> pa.RecordBatch | pa.Table:
+def _with_own_values(rows: pa.RecordBatch | pa.Table) -> pa.RecordBatch | pa.Table:
     for number, field in enumerate(rows.schema):
-        if pa.types.is_dictionary(field.type):
-            values = rows.column(number).cast(field.type.value_type)
-            rows = rows.set_column(number, field.with_type(field.type.value_type), values)
+        own = _own(field)
+        if own != field:
+            rows = rows.set_column(number, own, rows.column(number).cast(own.type))
     return rows
+
+
+def _own(field: pa.Field) -> pa.Field:
+    """The field of the same values, with no dictionary and no view of text at any depth."""
+    kind = field.type
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    elif pa.types.is_string_view(kind):
+        kind = pa.large_string()
+    elif pa.types.is_binary_view(kind):
+        kind = pa.large_binary()
+    elif pa.types.is_struct(kind):
+        kind = pa.struct([_own(inner) for inner in kind])
+    elif pa.types.is_list(kind):
+        kind = pa.list_(_own(kind.value_field))
+    elif pa.types.is_large_list(kind):
+        kind = pa.large_list(_own(kind.value_field))
+    elif pa.types.is_fixed_size_list(kind):
+        kind = pa.list_(_own(kind.value_field), kind.list_size)
+    return field.with_type(kind)
 
 
 def _file_batches(file: pa.NativeFile) -> Iterator[tuple[pa.RecordBatch, float]]:

@@ -1,4 +1,5 @@
 import bz2
+import codecs
 import gzip
 import json
 import os
@@ -177,8 +178,19 @@ def test_null_text_is_empty(tmp_path: Path) -> None:
 def test_bad_json_lines_are_named(tmp_path: Path, content: str, message: str) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(content)
-    with pytest.raises(UserError, match=rf"a\.jsonl, {message}"):
+    with pytest.raises(UserError, match=rf"a\.jsonl, {message}.*\.$"):
         read(path)
+
+
+def test_json_over_several_lines_is_named_with_the_remedy(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "b.json").write_text(json.dumps({"text": "a"}, indent=2))
+    expected = (
+        r"b\.json, line 1: not JSON \(Expecting property name enclosed in double quotes\); "
+        r"one object a line is expected\. Mend or remove it; in a folder, --pattern chooses the files to read\.$"
+    )
+    with pytest.raises(UserError, match=expected):
+        texts(tmp_path)
 
 
 def test_bad_parquet_is_named(tmp_path: Path) -> None:
@@ -201,6 +213,43 @@ def test_damaged_archives_are_named(tmp_path: Path, suffix: str) -> None:
         path.write_bytes(damaged)
         with pytest.raises(UserError, match=rf"cannot read .*a\.jsonl{suffix}: "):
             read(path)
+
+
+def test_gzip_files_padded_with_zeros(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl.gz").write_bytes(compress(json_lines(), ".gz") + bytes(1000))
+    assert texts(tmp_path) == TEXTS
+
+
+def test_gzip_files_with_damage_inside_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt.gz"
+    whole = gzip.compress(TEXTS[4].encode())
+    for damaged in (whole[:10] + b"\xff" + whole[11:], whole[:-8] + bytes(8), whole + b"more"):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"cannot read .*a\.txt\.gz: "):
+            texts(path)
+
+
+def test_zstd_with_too_wide_a_window_is_named(tmp_path: Path) -> None:
+    content = b"a"
+    one_block = (len(content) << 3 | 1).to_bytes(3, "little") + content
+    (tmp_path / "a.txt.zst").write_bytes(b"\x28\xb5\x2f\xfd\x00\xa8" + one_block)  # a window of 2 GiB
+    with pytest.raises(
+        UserError, match=r"cannot read .*a\.txt\.zst: .*too much memory.*\. Recompress it without --long\.$"
+    ):
+        texts(tmp_path)
+
+
+def test_file_names_that_are_not_utf8(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(b"two"))
+    (tmp_path / "c.jsonl").write_text('{"text": "three"}')
+    table = pa.table({"text": ["four"]})
+    pq.write_table(table, tmp_path / "d.parquet")
+    with pa.OSFile(str(tmp_path / "e.arrow"), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
+    for path in list(tmp_path.iterdir()):
+        path.rename(tmp_path / os.fsdecode(b"\xff" + os.fsencode(path.name)))
+    assert texts(tmp_path) == ["one", "two", "three", "four", "four"]
 
 
 def test_sources_that_are_not_there(tmp_path: Path) -> None:
@@ -230,6 +279,31 @@ def test_fields_of_text_files_are_refused(tmp_path: Path, option: str, value: st
         choice.open()
     (tmp_path / "b.jsonl").write_text('{"title": "t", "body": "b"}\n')
     assert choice.open().has_fields
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-be"])
+def test_text_in_another_encoding_is_refused(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes("ein Text".encode(encoding))
+    why = "it is text in UTF-16 or UTF-32:" if encoding in ("utf-16", "utf-32") else "there are zero bytes in it;"
+    with pytest.raises(UserError, match=rf"cannot read .*a\.txt: .*{why} convert it to UTF-8.* --pattern\.$"):
+        texts(path)
+    path = tmp_path / "a.jsonl"
+    path.write_bytes('{"text": "a"}\n'.encode(encoding))
+    with pytest.raises(UserError, match=rf"a\.jsonl, line 1: not JSON \(.*{why} convert it to UTF-8"):
+        texts(path)
+
+
+@pytest.mark.parametrize("mark", [codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE])
+def test_a_byte_order_mark_tells_the_encoding(tmp_path: Path, mark: bytes) -> None:
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(mark + "文字".encode("utf-16-le")))
+    with pytest.raises(UserError, match=r"a\.txt\.gz: it is text in UTF-16 or UTF-32: convert it to UTF-8\."):
+        texts(tmp_path)
+
+
+def test_a_zero_byte_far_into_a_text_is_part_of_it(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"x" * 100_000 + b"\0")
+    assert texts(tmp_path) == ["x" * 100_000 + "\0"]
 
 
 def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
@@ -299,6 +373,21 @@ def test_batches_are_of_the_size_that_was_asked_for(tmp_path: Path) -> None:
         assert sorted(sizes)[len(sizes) // 2] > 5_000
 
 
+def test_batches_are_of_no_more_documents_than_can_be_treated_at_once(tmp_path: Path) -> None:
+    folder, lines = tmp_path / "folder", tmp_path / "a.jsonl"
+    folder.mkdir()
+    for number in range(2500):
+        (folder / f"{number:04}.txt").write_text("x" * (number % 3))
+    lines.write_text("".join(f'{{"text": "{"x" * (number % 3)}"}}\n' for number in range(2500)))
+    extraction = Extraction(Template.of_field("text"))
+    for source in (folder, lines):
+        found = pieces(source, extraction)
+        assert [len(documents([piece], extraction)) for piece in found] == [1000, 1000, 500]
+        assert [document.text for document in documents(found, extraction)] == ["x" * (n % 3) for n in range(2500)]
+        rest = pieces(source, extraction, found[0].position)
+        assert [(piece.batch, piece.position) for piece in rest] == [(p.batch, p.position) for p in found[1:]]
+
+
 def test_only_the_columns_that_are_needed_are_passed_on(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"text": ["a"], "image": [b"x" * 100_000], "meta": [{"lang": "en", "y": 1}]}), path)
@@ -321,6 +410,12 @@ def test_folders_that_datasets_saved(tmp_path: Path) -> None:
     assert texts(tmp_path / "several", split="test") == ["held out"]
     with pytest.raises(UserError, match=r"several has no split dev; there are train, test"):
         texts(tmp_path / "several", split="dev")
+
+
+def test_any_other_state_is_a_file_among_texts(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "state.json").write_text('{"text": "a state"}')
+    assert texts(tmp_path) == ["a", "a state"]
 
 
 def test_a_dictionary_column_is_text(tmp_path: Path) -> None:
@@ -413,6 +508,24 @@ def test_patterns_of_files_at_any_depth(tmp_path: Path) -> None:
         texts(tmp_path, pattern=".")
 
 
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("train/**/*.txt", ["more/train/d.txt", "train/a.txt", "train/x/b.txt", "train/x/y/c.txt"]),
+        ("train/**/y/*.txt", ["train/x/y/c.txt"]),
+        ("**/train/**/**/[bc].txt", ["train/x/b.txt", "train/x/y/c.txt"]),
+        ("train/**", ["more/train/d.txt", "train/a.txt", "train/x/b.txt", "train/x/y/c.txt"]),
+        ("train/*.txt", ["more/train/d.txt", "train/a.txt"]),
+        ("**", ["more/d.txt", "more/train/d.txt", "train/a.txt", "train/x/b.txt", "train/x/y/c.txt"]),
+    ],
+)
+def test_two_stars_are_any_number_of_folders(tmp_path: Path, pattern: str, expected: list[str]) -> None:
+    for name in ("train/a.txt", "train/x/b.txt", "train/x/y/c.txt", "more/train/d.txt", "more/d.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    assert texts(tmp_path, pattern=pattern) == expected
+
+
 def test_suffixes_in_capitals_and_what_is_no_file(tmp_path: Path) -> None:
     (tmp_path / "a.JSONL").write_text('{"text": "one"}\n{"text": "two"}\n')
     (tmp_path / "b.TXT.GZ").write_bytes(gzip.compress(b"three"))
@@ -442,6 +555,44 @@ def test_a_dictionary_is_not_sent_with_every_batch(tmp_path: Path, suffix: str) 
     found = pieces(path, extraction, batch_bytes=20_000)
     assert [document.text for document in documents(found, extraction)] == words
     assert sum(batch_size(piece) for piece in found) < 1.5 * sum(map(len, words))
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_nor_is_one_inside_of_records(tmp_path: Path, suffix: str) -> None:
+    words = [f"{number} " * 100 for number in range(500)]
+    entries = pa.array(words).dictionary_encode()
+    ends = list(range(501))
+    inner = {
+        "t": entries,
+        "list": pa.ListArray.from_arrays(ends, entries),
+        "large": pa.LargeListArray.from_arrays(ends, entries),
+        "pair": pa.FixedSizeListArray.from_arrays(entries, 1),
+        "deep": pa.StructArray.from_arrays([entries], names=["t"]),
+    }
+    table = pa.table({"m": pa.StructArray.from_arrays(list(inner.values()), names=list(inner))})
+    path = tmp_path / f"a.{suffix}"
+    if suffix == "parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+            writer.write_table(table)
+    for field in ("m.t", "m.deep.t"):
+        extraction = Extraction(Template.of_field(field))
+        found = pieces(path, extraction, batch_bytes=100_000)
+        assert [document.text for document in documents(found, extraction)] == words
+        assert sum(batch_size(piece) for piece in found) < 1.5 * len(inner) * sum(map(len, words))
+
+
+def test_views_of_text_are_cut_too(tmp_path: Path) -> None:
+    words = [f"{number} " * 100 for number in range(500)]
+    for kind in (pa.string_view(), pa.binary_view()):
+        table = pa.table({"text": pa.array(words, kind)})
+        with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+            writer.write_table(table)
+        extraction = Extraction(Template.of_field("text"))
+        found = pieces(tmp_path, extraction, batch_bytes=20_000)
+        assert [document.text for document in documents(found, extraction)] == words
+        assert sum(batch_size(piece) for piece in found) < 1.5 * sum(map(len, words))
 
 
 def test_what_the_system_refuses_may_be_mended(tmp_path: Path) -> None:
