@@ -10,6 +10,9 @@ from mmrec_kernels import attention_torch, attention_triton, ops
 from mmrec_kernels.attention_torch import PAGE, Gradients, Read, merge_partial_reads
 from mmrec_kernels.backend import use_triton
 from mmrec_kernels.checks import compute_dtype
+from mmrec_kernels.triton_rows import with_rows
+
+LONGEST_WINDOW = 2**30  # kernels add it to the number of a token, in 32 bits
 
 __all__ = ["PAGE", "memory_attention", "merge_partial_reads"]
 
@@ -46,10 +49,11 @@ def memory_attention(
         window_k, window_v: Keys and values of the tokens [B, H, n + T, d], the last T being those of the queries,
             without positions: rotary ones are applied here (they depend on differences only). None for no window.
         window_start: [B, T] int64, index into window_k of the first token query t may see (its document's first).
-        window: Tokens a query sees of window_k, its own included.
+        window: Tokens a query sees of window_k, its own included; from 2³⁰ on, all.
         null_k, null_v: Key and value of the null slot [H, d], seen by every query. None for no null slot.
         pages: [B, H, T, P] int64; page p is slots 4p to 4p + 3, and a query sees slots of its own pages only. All
-            different, but for −1, which is no page. The work is then O(P) a query. None: every page.
+            different, but for −1 and those beyond the last slot, which are no pages. The work is then O(P) a query.
+            None: every page.
         rope_theta: Base of the rotary positions.
 
     Returns:
@@ -57,8 +61,11 @@ def memory_attention(
         with which partial reads merge exactly. A query that sees nothing has out 0 and lse −∞.
 
     Raises:
-        ValueError: If shapes do not agree, or only some of the arguments of a part are given.
+        ValueError: If shapes do not agree, only some of the arguments of a part are given, or the window is negative.
     """
+    if window < 0:
+        raise ValueError(f"memory_attention: window is {window}, must not be negative")
+    window = min(window, LONGEST_WINDOW)
     read = Read(
         q, slots_k, slots_v, slot_stamp, slot_start, slot_stop,
         window_k, window_v, window_start, null_k, null_v, pages, window, rope_theta,
@@ -68,14 +75,14 @@ def memory_attention(
     for x in (slots_k, slots_v, window_k, window_v):
         dtype = dtype if x is None else torch.promote_types(dtype, x.dtype)
     out, lse = _forward_op(
-        q.to(dtype),
-        slots_k.to(dtype),
-        slots_v.to(dtype),
+        with_rows(q.to(dtype)),
+        with_rows(slots_k.to(dtype)),
+        with_rows(slots_v.to(dtype)),
         slot_stamp,
         slot_start,
         slot_stop,
-        None if window_k is None else window_k.to(dtype),
-        None if window_v is None else window_v.to(dtype),
+        None if window_k is None else with_rows(window_k.to(dtype)),
+        None if window_v is None else with_rows(window_v.to(dtype)),
         window_start,
         null_k,
         null_v,

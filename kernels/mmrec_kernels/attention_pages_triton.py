@@ -194,7 +194,8 @@ def key_gradients(read: Read, lse: Tensor, delta: Tensor, grad_out: Tensor) -> t
     batch, heads, _, width = read.q.shape
     pages_in_all = cdiv(read.slots_k.shape[2], PAGE)
     lines = torch.arange(batch * heads, device=read.q.device).view(batch, heads, 1, 1)
-    page = torch.where(read.pages < 0, batch * heads * pages_in_all, read.pages + lines * pages_in_all)
+    outside = (read.pages < 0) | (read.pages >= pages_in_all)
+    page = torch.where(outside, batch * heads * pages_in_all, read.pages + lines * pages_in_all)
     page, order = page.flatten().sort(stable=True)
     bounds = torch.searchsorted(page, torch.arange(batch * heads * pages_in_all + 1, device=page.device))
     grad_k, grad_v = torch.empty_like(read.slots_k), torch.empty_like(read.slots_v)

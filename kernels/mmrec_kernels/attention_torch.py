@@ -131,7 +131,7 @@ class _Pages(NamedTuple):
 
     def blocks(self) -> list[slice]:
         batch, heads, length, width = self.q.shape
-        size = max(1, GATHERED // (batch * heads * self.pages.shape[-1] * PAGE * width))
+        size = max(1, GATHERED // (batch * heads * max(1, self.pages.shape[-1]) * PAGE * width))
         return [slice(first, min(first + size, length)) for first in range(0, length, size)]
 
     def gather(self, rows: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -198,9 +198,11 @@ def merge_partial_reads(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor,
     if len(outs) == 1:
         return outs[0], lses[0]
     stacked = torch.stack(lses)
+    nothing = (stacked == float("-inf")).all(0)  # is seen in any part: the gradient of its logsumexp is NaN
+    stacked = stacked.masked_fill(nothing, 0.0)
     lse = stacked.logsumexp(0)
-    weights = (stacked - finite(lse)).exp().unsqueeze(-1)
-    return sum(w * o for w, o in zip(weights, outs, strict=True)), lse
+    weights = (stacked - lse).exp().unsqueeze(-1)
+    return sum(w * o for w, o in zip(weights, outs, strict=True)), lse.masked_fill(nothing, float("-inf"))
 
 
 @lru_cache(maxsize=8)

@@ -15,9 +15,11 @@ def cdiv(a: int, b: int) -> int:
 
 
 def check_sequence(name: str, gamma: Tensor, x: Tensor, initial_state: Tensor | None, reset: Tensor | None) -> None:
-    """Raises ValueError unless gamma and x are [B, T ≥ 1, D], initial_state [B, D] and reset [B, T] bool."""
+    """Raises ValueError unless gamma and x are floating [B, T ≥ 1, D], initial_state [B, D] and reset [B, T] bool."""
     if x.dim() != 3 or gamma.shape != x.shape:
         raise ValueError(f"{name}: gamma {list(gamma.shape)} and its input {list(x.shape)} must both be [B, T, D]")
+    if not (x.is_floating_point() and gamma.is_floating_point()):
+        raise ValueError(f"{name}: gamma is {gamma.dtype} and its input {x.dtype}; both must be floating-point")
     batch, length, width = x.shape
     if length == 0:
         raise ValueError(f"{name}: the sequence is empty (T = 0)")

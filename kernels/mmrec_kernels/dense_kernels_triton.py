@@ -255,14 +255,10 @@ def refine_kernel(
 
 
 @triton.jit
-def _before_token(initial, value, states, row, at, inside, b, t, begin, D: tl.constexpr, ADJOINT: tl.constexpr):
-    """The state before token t at some channels, fp32: the given one, that of the iterations, or of the last token."""
+def _before_token(initial, states, at, inside, b, t, D: tl.constexpr):
+    """The state before token t at some channels, fp32."""
     if t == 0:
         before = tl.load(initial + b * D + at, inside, other=0.0)
-    elif t == begin:
-        # of the forward pass a token's value is the state after it, of the adjoint the one before
-        place = row + at if ADJOINT else row - D + at
-        before = tl.load(value + place, inside, other=0.0, cache_modifier=".cg").to(tl.float32)
     else:
         before = tl.load(states + t % 2 * D + at, inside, other=0.0, cache_modifier=".cg")
     return before
@@ -271,20 +267,20 @@ def _before_token(initial, value, states, row, at, inside, b, t, begin, D: tl.co
 @triton.jit(do_not_specialize=["batch", "length", "exact_after"])
 def finish_kernel(
     gamma, source, weight, factor, largest_factor, reset, initial, value, final, changes, sizes, iterations, residuals,
-    states, meeting, batch, length, inexact, exact_after, tolerance, N_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr,
+    states, meeting, batch, length, exact_after, tolerance, N_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr,
     D: tl.constexpr, HEAD: tl.constexpr, ADJOINT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The rows that have not converged, token by token.
 
-    After n iterations the first n tokens are exact, not counting the `inexact` iterations with 8-bit operands; none
-    of them if an operand was too large (the change is infinite then).
+    From the first one: after n iterations the first n tokens are exact in principle, but operands and values were
+    rounded to 16 bits, and where an iteration does not contract the recurrence need not either.
 
     residuals: [batch] fp32, written: the last change relative to the largest state, or zero if as many iterations as
     `exact_after` were made. states: [2, D] fp32, the state before an even and an odd token.
     """
     program = tl.program_id(0)
     programs = tl.num_programs(0)
-    done = tl.load(iterations)
+    done = tl.load(iterations, mask=batch > 0, other=0)
     per_head: tl.constexpr = (HEAD + BLOCK_N - 1) // BLOCK_N
     n_blocks: tl.constexpr = (D // HEAD) * per_head
     meetings = 1
@@ -292,12 +288,10 @@ def finish_kernel(
         residual = _residual(changes + done * batch, sizes + done * batch, b)
         tl.store(residuals + b, tl.where(done == exact_after, 0.0, residual), mask=program == 0)
         if residual > tolerance:
-            overflow = tl.load(changes + done * batch + b) == INFINITY_BITS
-            begin = tl.where(overflow, 0, tl.maximum(done - inexact, 0))
             unscale_factor = 1.0
             if largest_factor is not None:
                 unscale_factor /= power_of_two(tl.load(largest_factor + b), HEADROOM)
-            t = begin
+            t = tl.full((), 0, tl.int32)
             while t < length:
                 token = length - 1 - t if ADJOINT else t
                 keep = 1.0
@@ -312,7 +306,7 @@ def finish_kernel(
                         k = start + tl.arange(0, BLOCK_K)
                         there = k < HEAD
                         at = head * HEAD + k
-                        before = _before_token(initial, value, states, row, at, there, b, t, begin, D, ADJOINT)
+                        before = _before_token(initial, states, at, there, b, t, D)
                         f = keep
                         if factor is not None:
                             f = tl.load(factor + row + at, there, other=0.0).to(tl.float32)
@@ -322,7 +316,7 @@ def finish_kernel(
                         total += tl.sum(w.to(tl.float32) * u[None, :], 1)
                     mine = inner < HEAD
                     n = head * HEAD + inner
-                    before_n = _before_token(initial, value, states, row, n, mine, b, t, begin, D, ADJOINT)
+                    before_n = _before_token(initial, states, n, mine, b, t, D)
                     g = tl.load(gamma + row + n, mine, other=0.0).to(tl.float32) * keep
                     if ADJOINT:
                         x = tl.load(source + row - D + n, mine & (t < length - 1), other=0.0).to(tl.float32)

@@ -112,11 +112,6 @@ class _Operands:
         """Whether product n has 8-bit operands."""
         return self.any_low and n <= self.planned and (self.planned - n) % 2 == 0
 
-    @property
-    def inexact(self) -> int:
-        """How many of the planned iterations have 8-bit operands."""
-        return sum(map(self._low, range(1, self.planned + 1)))
-
     def increment(self, n: int) -> bool:
         """Whether the product of iteration n is what has to be added to the one before."""
         return n > 1 and self.largest is not None and (self._low(n) or n == self.planned)
@@ -215,7 +210,7 @@ def _solve(problem: _Problem, settings: SolverSettings) -> tuple[Tensor, Tensor]
     n_stride, k_stride = problem.matrix.stride()[1:]
     finish_kernel[(programs,)](
         **common, **together,
-        weight=problem.weight, N_STRIDE=n_stride, K_STRIDE=k_stride, meeting=counters[1], inexact=operands.inexact,
+        weight=problem.weight, N_STRIDE=n_stride, K_STRIDE=k_stride, meeting=counters[1],
         exact_after=limit if limit in (0, length) else -1, residuals=residuals,
         states=torch.empty(2, width, dtype=torch.float32, device=device), BLOCK_N=16, BLOCK_K=256,
     )  # fmt: skip
@@ -274,7 +269,7 @@ def backward(
         slope = torch.empty(z.shape, dtype=torch.float16 if half else torch.float32, device=z.device)
         largest_z = largest_of(z) if half else None
         slope_kernel[(cdiv(z.numel(), 2048),)](
-            z, logits, largest, slope, largest_z, z.numel(), z[0].numel(), BLOCK=2048
+            z, logits, largest, slope, largest_z, z.numel(), z.shape[1] * z.shape[2], BLOCK=2048
         )
         adjoint = torch.empty(z.shape, dtype=torch.float32, device=z.device)
         grad_initial = torch.empty(initial.shape, dtype=torch.float32, device=z.device)

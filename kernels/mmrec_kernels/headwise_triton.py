@@ -197,7 +197,7 @@ def _solve_kernel(
         change, largest = tl.reduce((tl.max(tl.abs(new - value), 0), tl.max(tl.abs(new), 0)), 0, _larger)
         scale = tl.maximum(before_scale, largest)
         value = new
-        exact = tl.where(final, exact + 1, exact)
+        exact = tl.where(final & precise, exact + 1, exact)
         relative_change = change / tl.maximum(scale, 1e-37)
         if n <= max_iterations:
             residual = relative_change

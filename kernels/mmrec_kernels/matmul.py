@@ -27,7 +27,7 @@ def gate_product(h: Tensor, weight: Tensor) -> Tensor:
     if weight.dim() == 2:
         return h @ matrix.mT
     heads = weight.shape[0]
-    by_head = h.reshape(batch * length, heads, -1).transpose(0, 1)
+    by_head = h.reshape(batch * length, heads, weight.shape[1]).transpose(0, 1)
     return torch.bmm(by_head, matrix.mT).transpose(0, 1).reshape(batch, length, width)
 
 

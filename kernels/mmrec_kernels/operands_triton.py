@@ -4,6 +4,8 @@ The largest absolute value is kept as the bits of an fp32 number (int32): those 
 comes after all of them.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -39,7 +41,7 @@ def largest_of(*tensors: Tensor) -> Tensor:
     """[B] int32: the bits of the largest absolute value in each row of some [B, ...], contiguous."""
     largest = torch.zeros(len(tensors[0]), dtype=torch.int32, device=tensors[0].device)
     for x in tensors:
-        size = x[0].numel()
+        size = math.prod(x.shape[1:])
         _largest_kernel[(min(cdiv(size, 4096), 512), len(x))](x, largest, size, BLOCK=4096)
     return largest
 

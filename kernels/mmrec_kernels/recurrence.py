@@ -31,7 +31,8 @@ class GatedRecurrence(NamedTuple):
         iterations: Picard iterations of each row [B], int32; 0 where the row was computed token by token. The dense
             kernel iterates all rows until the last one has converged.
         residual: Largest change of the row's last iteration relative to its largest state [B], fp32 (headwise kernel:
-            to the largest state of the head so far). Above the tolerance it means that the exact finish ran.
+            to the largest state of the head so far). Above the tolerance it means that the exact finish ran; the
+            headwise kernel, whose tiles have to come closer than that one by one, runs it now and then below it, too.
     """
 
     h: Tensor
@@ -165,7 +166,7 @@ def gated_recurrence(
     if solver not in SOLVERS:
         raise ValueError(f"gated_recurrence: solver is {solver!r}, expected one of {', '.join(SOLVERS)}")
     tolerance = default_tolerance(weight.dtype) if tol is None else tol
-    if tolerance <= 0 or max_iterations < 1:
+    if not tolerance > 0 or max_iterations < 1:
         raise ValueError(
             f"gated_recurrence: tol {tolerance} must be positive, max_iterations {max_iterations} at least 1"
         )

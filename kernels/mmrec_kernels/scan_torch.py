@@ -152,4 +152,4 @@ def _running_sums(x: Tensor, start: Tensor) -> Tensor:
     padded = torch.nn.functional.pad(x, (0, 0, 0, blocks * SUM_BLOCK - length))
     sums = padded.view(batch, blocks, SUM_BLOCK, width).cumsum(2)
     before = torch.cat([start.unsqueeze(1), sums[:, :-1, -1]], dim=1).cumsum(1)
-    return (sums + before.unsqueeze(2)).view(batch, -1, width)[:, :length].contiguous()
+    return (sums + before.unsqueeze(2)).view(batch, blocks * SUM_BLOCK, width)[:, :length].contiguous()

@@ -21,9 +21,14 @@ class Rows(NamedTuple):
     row: Any
 
 
+def with_rows(x: Tensor) -> Tensor:
+    """x itself, or a copy if its last dimension is not contiguous, or rows of one block are 2³¹ elements apart."""
+    return x if x.stride(-1) == 1 and x.stride(2) < 2**24 else x.contiguous()
+
+
 def rows_of(x: Tensor) -> Rows:
-    """The rows of a tensor; of a copy, if its last dimension is not contiguous."""
-    x = x if x.stride(-1) == 1 else x.contiguous()
+    """The rows of a tensor that is read, or of its copy (`with_rows`); or of one to be written that needs none."""
+    x = with_rows(x)
     return Rows(x, x.stride(0), x.stride(1), x.stride(2))
 
 

@@ -65,7 +65,7 @@ def test_values_and_defaults(write: Write, minimal: str) -> None:
             "6: data.sequence_len: the first stage must be that of step 0, and steps must rise",
         ),
         (5, "  path: x\n  sources: {}", "6: data.sources: must name a source, or be null for all of them, got {}"),
-        (5, "  path: x\n  sources:\n    code: {weight: 0}", "7: data.sources.code.weight: must be greater than or equal"),
+        (5, "  path: x\n  sources:\n    code: {weight: 0}", "7: data.sources.code.weight: must be greater than"),
         (5, "  path: x\n  sources: {code: {epoch: 1}}", "'data.sources.code.epoch'; did you mean 'data.sources.NAME."),
         (5, "  path: x\n  validation: {a/b: c}", "6: data.validation: a set's name is made of letters, digits, _ . an"),
         (5, "  path: x\n  order: stored", "6: data.order: must be 'shuffled' or 'by_length', got \"stored\""),

@@ -105,6 +105,67 @@ def test_fp32_equals_the_loop_with_its_gradients(shape, backend, device):
         assert relative_error(a, e) < 1e-5
 
 
+@pytest.mark.parametrize("shape", ["odd", "pages"])
+def test_channels_that_are_not_next_to_each_other(shape, backend, device):
+    tensors, options = problem(**SHAPES[shape], seed=2)
+    expected = run(reference.memory_attention, tensors, options)
+    turned = {name: t.mT.contiguous().mT for name, t in to(device, tensors, torch.float32).items()}
+    actual = run(memory_attention, turned, options_on(device, options))
+    for a, e in zip(actual, expected, strict=True):
+        assert relative_error(a, e) < 1e-5
+
+
+@pytest.mark.parametrize("window", [2**31 - 1, 2**63 - 1])
+def test_a_window_without_an_end(window, backend, device):
+    tensors, options = problem(**SHAPES["odd"], seed=4)
+    expected = run(reference.memory_attention, tensors, options | {"window": 37})
+    actual = run(memory_attention, to(device, tensors, torch.float32), options_on(device, options) | {"window": window})
+    for a, e in zip(actual, expected, strict=True):
+        assert relative_error(a, e) < 1e-5
+
+
+@pytest.mark.parametrize("beyond", [9, 10**6, None])
+def test_pages_that_there_are_not(beyond, backend, device):
+    """Beyond the last slot, and none at all (None)."""
+    tensors, options = problem(**SHAPES["pages"], seed=5)
+    pages = options["pages"]
+    if beyond is None:
+        options["pages"] = absent = pages[..., :0]
+        tensors = {name: t for name, t in tensors.items() if not name.startswith("slots")}
+    else:
+        pages[..., 0] = -1
+        absent = pages.clone()
+        absent[..., 0] = beyond
+    slots = dict(slots_k=torch.randn(1, 1, 33, 32), slots_v=torch.randn(1, 1, 33, 32)) if beyond is None else {}
+
+    def read(function, dtype, device, pages):
+        fixed = to(device, slots, dtype) | options_on(device, options | {"pages": pages})
+        return run(function, to(device, tensors, dtype), fixed)
+
+    expected = read(reference.memory_attention, torch.float64, "cpu", options["pages"])
+    for a, e in zip(read(memory_attention, torch.float32, device, absent), expected, strict=True):
+        assert relative_error(a, e) < 1e-5
+
+
+def test_merged_reads_of_which_none_sees_anything_have_gradients(backend, device):
+    tensors, _ = problem(1, 2, 8, 8, 0, 0, seed=6)
+    names = ("q", "slots_k", "slots_v")
+    tensors = to(device, {name: tensors[name] for name in names}, torch.float32)
+    stop = torch.tensor([[0, 0, 1, 2, 3, 4, 5, 6]])
+    rule = dict(slot_stamp=torch.arange(8)[None], slot_start=torch.zeros_like(stop), slot_stop=stop)
+    rule = options_on(device, rule)
+
+    def merged(q, slots_k, slots_v, slot_stamp, **rule):
+        halves = (slice(0, 4), slice(4, 8))
+        reads = [
+            memory_attention(q, slots_k[:, :, h], slots_v[:, :, h], slot_stamp=slot_stamp[:, h], **rule) for h in halves
+        ]
+        return merge_partial_reads(*zip(*reads, strict=True))
+
+    for a, e in zip(run(merged, tensors, rule), run(memory_attention, tensors, rule), strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("shape", ["several blocks", "odd", "pages"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_kernels_are_within_twice_the_error_of_pytorch(shape, dtype, device, monkeypatch):

@@ -268,6 +268,19 @@ def test_what_does_not_contract_is_finished_exactly(backend, device, length, wid
     assert (result.residual > 1e-6).all() and (result.iterations >= 3).all()
 
 
+@pytest.mark.parametrize("heads", [None, 1])
+def test_the_exact_finish_is_as_exact_with_a_16_bit_gate(heads, backend, device):
+    """Of nothing that iterations have left: their products are rounded more, and this recurrence lets it grow."""
+    generator = torch.Generator().manual_seed(1)
+    z, gamma = 2 * torch.randn(1, 64, 16, generator=generator), torch.full((1, 64, 16), 0.8)
+    weight = 3 * torch.randn(16, 16, generator=generator)
+    inputs = [z, gamma, (weight if heads is None else weight[None]).half()]
+    expected = reference.gated_recurrence(*(t.double() for t in inputs))
+    result = gated_recurrence(*(t.to(device) for t in inputs), tol=1e-6)
+    assert relative_error(result.h, expected[0]) < 2e-6
+    assert relative_error(result.final_state, expected[1]) < 2e-6
+
+
 def test_an_adjoint_that_does_not_converge_warns():
     *inputs, _ = problem(2, 200, 16, seed=8, gate_scale=4.0, contracting=False)
     inputs[1] = torch.full_like(inputs[1], 0.999)
@@ -291,6 +304,16 @@ def test_only_the_unconverged_rows_are_finished(backend, device, length, width, 
     assert relative_error(result.h[1], expected[1]) < 1e-3  # the prefix is converged to the tolerance, the rest exact
     alone = gated_recurrence(z[:1], gamma[:1], weight, initial[:1], **options)
     torch.testing.assert_close(result.h[:1], alone.h, rtol=1e-5, atol=1e-5)
+
+
+@every_kernel
+def test_no_sequence_at_all(backend, device, length, width, heads):
+    z, gamma, weight, initial, _ = problem(1, length, width, heads)
+    inputs = cast(
+        [z[:0], gamma[:0], weight, initial[:0]], device, torch.float32, torch.float32, torch.float16, torch.float32
+    )
+    h, final, *_ = run(gated_recurrence, inputs, None)
+    assert h.shape == (0, length, width) and final.shape == (0, width)
 
 
 @every_kernel
@@ -355,6 +378,8 @@ def test_kernels_do_not_do_fp64(monkeypatch, device):
         (dict(weight=torch.ones(2, 2, 1)), "weight"),
         (dict(solver="newton"), "solver"),
         (dict(tol=0.0), "tol"),
+        (dict(tol=float("nan")), "tol"),
+        (dict(z=torch.ones(1, 4, 4, dtype=torch.int64)), "floating"),
         (dict(max_iterations=0), "max_iterations"),
         (dict(reset=torch.zeros(1, 4)), "reset"),
     ],
