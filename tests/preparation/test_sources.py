@@ -541,16 +541,20 @@ def test_two_columns_of_one_name(tmp_path: Path) -> None:
         texts(tmp_path / "a.arrow")
 
 
+def write_table(table: pa.Table, path: Path) -> None:
+    if path.suffix == ".parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+            writer.write_table(table)
+
+
 @pytest.mark.parametrize("suffix", ["parquet", "arrow"])
 def test_a_dictionary_is_not_sent_with_every_batch(tmp_path: Path, suffix: str) -> None:
     words = [f"{number} " * 100 for number in range(500)]
     table = pa.table({"text": pa.array(words).dictionary_encode()})
     path = tmp_path / f"a.{suffix}"
-    if suffix == "parquet":
-        pq.write_table(table, path)
-    else:
-        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
-            writer.write_table(table)
+    write_table(table, path)
     extraction = Extraction(Template.of_field("text"))
     found = pieces(path, extraction, batch_bytes=20_000)
     assert [document.text for document in documents(found, extraction)] == words
@@ -571,11 +575,7 @@ def test_nor_is_one_inside_of_records(tmp_path: Path, suffix: str) -> None:
     }
     table = pa.table({"m": pa.StructArray.from_arrays(list(inner.values()), names=list(inner))})
     path = tmp_path / f"a.{suffix}"
-    if suffix == "parquet":
-        pq.write_table(table, path)
-    else:
-        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
-            writer.write_table(table)
+    write_table(table, path)
     for field in ("m.t", "m.deep.t"):
         extraction = Extraction(Template.of_field(field))
         found = pieces(path, extraction, batch_bytes=100_000)
