@@ -127,7 +127,10 @@ class _Operands:
         if not self._low(n):
             # an increment is added to the one before it, there, and the iteration after that looks for it there
             place = n if self.largest is None else self.planned + self.increment(n)
-            return _multiply(self.operand, self.matrix, self.products[place % 2]), None
+            out = self.products[place % 2]
+            if self.any_low and n < self.planned - 1:  # only the last whole product has to have more than 16 bits
+                out = out.flatten().view(torch.float16)[: out.numel()].view(out.shape)
+            return _multiply(self.operand, self.matrix, out), None
         operand, result = self.low_operand, self.low_product
         if self.increment(n):
             operand = operand.view(torch.float8_e5m2)
