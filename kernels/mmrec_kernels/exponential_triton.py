@@ -6,8 +6,19 @@ import triton.language as tl
 from torch import Tensor
 
 from mmrec_kernels.handoff import take_ticket
+from mmrec_kernels.register_tiles import last_row
 from mmrec_kernels.scan_torch import MIN_LOG, MIN_PRODUCT
-from mmrec_kernels.time_tiles import launch, load_rows, look_back, publish_tile, readable, tile_of_ticket
+from mmrec_kernels.time_tiles import (
+    first_token,
+    launch,
+    load_tile,
+    look_back,
+    publish_tile,
+    readable,
+    store_tile,
+    tile_mask,
+    tile_of_ticket,
+)
 
 
 @triton.jit
@@ -17,130 +28,74 @@ def _clamp(x, low, high):
     return tl.minimum(x, high, propagate_nan=tl.PropagateNan.ALL)
 
 
-@triton.jit(do_not_specialize=["batch", "length"])
+@triton.jit(do_not_specialize=["batch", "length", "shift"])
 def _exponential_kernel(
-    gamma,
-    initial,
-    y,
-    words,
-    batch,
-    length,
-    gamma_batch: tl.int64,
-    WIDTH: tl.constexpr,
-    GAMMA_TIME: tl.constexpr,
-    MIN_LOG: tl.constexpr,
-    MIN_Y: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    STEPS: tl.constexpr,
-    GROUP: tl.constexpr,
-):
+    gamma, initial, y, words, batch, length, shift, gamma_batch: tl.int64, WIDTH: tl.constexpr,
+    GAMMA_TIME: tl.constexpr, MIN_LOG: tl.constexpr, MIN_Y: tl.constexpr, WHOLE: tl.constexpr, VECTOR: tl.constexpr,
+    BLOCK_D: tl.constexpr, STEPS: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
     """Y_t = exp(max(MIN_LOG, initial + Σ_{i ≤ t} log γ_i)): a scan of logarithms whose decays are 1.
 
     Sums never rise, so clamping each of them is clamping what is written.
     """
-    counter, words = words, words + 4
+    chunk, b, channel, mask = tile_of_ticket(take_ticket(words), batch, WIDTH, BLOCK_D)
+    words += 4
     chunks = tl.cdiv(length, STEPS)
     states = batch.to(tl.int64) * WIDTH
-    tiles = chunks * batch * ((WIDTH + BLOCK_D - 1) // BLOCK_D)
-    ticket = take_ticket(counter)
-    while ticket < tiles:
-        chunk, row, channel, mask = tile_of_ticket(ticket, batch, WIDTH, BLOCK_D)
-        first = chunk * STEPS
-        gs = gamma + row * gamma_batch + first.to(tl.int64) * GAMMA_TIME + channel
-        ys = y + (row * length + first) * WIDTH + channel
-        left = length - first
-        gammas = load_rows(gs, GAMMA_TIME, left, mask, 1.0, STEPS)
-        ticket = take_ticket(counter)
-        total = tl.zeros([BLOCK_D], tl.float32)
-        for s in tl.static_range(STEPS):
-            total += tl.log(_clamp(gammas[s].to(tl.float32), MIN_Y, 1.0))
-
-        index = row * WIDTH + channel
-        one = tl.full([BLOCK_D], 1.0, tl.float32)
-        publish_tile(words, states, chunk, index, mask, one, total)
-        start = tl.zeros([BLOCK_D], tl.float32)
-        if initial is not None:
-            start = tl.load(initial + index, mask, other=0.0).to(tl.float32)
-            start = _clamp(start, MIN_LOG, 0.0)
-        start = look_back(words, states, chunk, chunks, index, mask, one, total, start, GROUP)
-
-        total = tl.zeros([BLOCK_D], tl.float32)
-        for s in tl.static_range(STEPS):
-            total += tl.log(_clamp(gammas[s].to(tl.float32), MIN_Y, 1.0))
-            product = tl.exp(_clamp(start + total, MIN_LOG, 0.0))
-            tl.store(ys + s * WIDTH, product, mask & (s < left))
+    index = b * WIDTH + channel
+    place = channel + shift * VECTOR
+    first = first_token(chunk, length, 1, STEPS)
+    inside = tile_mask(chunk * STEPS + tl.arange(0, STEPS) < length, mask, WHOLE)
+    factors = load_tile(gamma + b * gamma_batch, first, place, GAMMA_TIME, 1, inside, 1.0, STEPS).to(tl.float32)
+    totals = tl.cumsum(tl.log(_clamp(factors, MIN_Y, 1.0)), 0)
+    one = tl.full([BLOCK_D], 1.0, tl.float32)
+    total = last_row(totals)
+    publish_tile(words, states, chunk, index, mask, one, total)
+    start = tl.zeros([BLOCK_D], tl.float32)
+    if initial is not None:
+        start = tl.load(initial + index, mask, other=0.0).to(tl.float32)
+        start = _clamp(start, MIN_LOG, 0.0)
+    start = look_back(words, states, chunk, chunks, index, mask, one, total, start, GROUP)
+    products = tl.exp(_clamp(start[None, :] + totals, MIN_LOG, 0.0))
+    store_tile(y + b * length * WIDTH, first, place, WIDTH, 1, inside, products)
 
 
-@triton.jit
-def _log_gradient(grad, y, MIN_Y: tl.constexpr):
-    """Gradient of a sum of logarithms: zero where it is clamped."""
-    return tl.where(y <= MIN_Y * (1 + 1e-5), 0.0, grad.to(tl.float32) * y)
-
-
-@triton.jit(do_not_specialize=["batch", "length"])
+@triton.jit(do_not_specialize=["batch", "length", "shift"])
 def _exponential_backward_kernel(
-    grad_y,
-    gamma,
-    y,
-    initial,
-    grad_gamma,
-    grad_initial,
-    words,
-    batch,
-    length,
-    grad_batch: tl.int64,
-    gamma_batch: tl.int64,
-    WIDTH: tl.constexpr,
-    GRAD_TIME: tl.constexpr,
-    GAMMA_TIME: tl.constexpr,
-    MIN_LOG: tl.constexpr,
-    MIN_Y: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    STEPS: tl.constexpr,
-    GROUP: tl.constexpr,
-):
+    grad_y, gamma, y, initial, grad_gamma, grad_initial, words, batch, length, shift, grad_batch: tl.int64,
+    gamma_batch: tl.int64, WIDTH: tl.constexpr, GRAD_TIME: tl.constexpr, GAMMA_TIME: tl.constexpr,
+    MIN_LOG: tl.constexpr, MIN_Y: tl.constexpr, WHOLE: tl.constexpr, VECTOR: tl.constexpr,
+    BLOCK_D: tl.constexpr, STEPS: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
     """∂ log γ_t = Σ_{i ≥ t} Y_i ∂L/∂Y_i, from the last token to the first, without the sums that were clamped."""
-    counter, words = words, words + 4
+    chunk, b, channel, mask = tile_of_ticket(take_ticket(words), batch, WIDTH, BLOCK_D)
+    words += 4
     chunks = tl.cdiv(length, STEPS)
     states = batch.to(tl.int64) * WIDTH
-    tiles = chunks * batch * ((WIDTH + BLOCK_D - 1) // BLOCK_D)
-    ticket = take_ticket(counter)
-    while ticket < tiles:
-        chunk, row, channel, mask = tile_of_ticket(ticket, batch, WIDTH, BLOCK_D)
-        first = chunk * STEPS
-        token = (length - 1 - first).to(tl.int64)
-        gs = gamma + row * gamma_batch + token * GAMMA_TIME + channel
-        ds = grad_y + row * grad_batch + token * GRAD_TIME + channel
-        written = (row * length + token) * WIDTH + channel
-        left = length - first
-        grads = load_rows(ds, -GRAD_TIME, left, mask, 0.0, STEPS)
-        products = load_rows(y + written, -WIDTH, left, mask, 0.0, STEPS)
-        ticket = take_ticket(counter)
-        total = tl.zeros([BLOCK_D], tl.float32)
-        for s in tl.static_range(STEPS):
-            total += _log_gradient(grads[s], products[s], MIN_Y)
-
-        index = row * WIDTH + channel
-        one = tl.full([BLOCK_D], 1.0, tl.float32)
-        publish_tile(words, states, chunk, index, mask, one, total)
-        zero = tl.zeros([BLOCK_D], tl.float32)
-        start = look_back(words, states, chunk, chunks, index, mask, one, total, zero, GROUP)
-
-        total = zero
-        gammas = load_rows(gs, -GAMMA_TIME, left, mask, 1.0, STEPS)
-        for s in tl.static_range(STEPS):
-            total += _log_gradient(grads[s], products[s], MIN_Y)
-            factor = gammas[s].to(tl.float32)
-            clamped = (factor < MIN_Y) | (factor > 1.0)
-            factor = tl.where(clamped, 1.0, factor)
-            value = tl.where(clamped, 0.0, (start + total) / factor)
-            tl.store(grad_gamma + written - s * WIDTH, value, mask & (s < left))
-        if chunk == chunks - 1:
-            end = start + total
-            if initial is not None:
-                before = tl.load(initial + index, mask, other=0.0).to(tl.float32)
-                end = tl.where((before < MIN_LOG) | (before > 0.0), 0.0, end)
-            tl.store(grad_initial + index, end, mask)
+    index = b * WIDTH + channel
+    place = channel + shift * VECTOR
+    own = b * length * WIDTH
+    first = first_token(chunk, length, -1, STEPS)
+    inside = tile_mask(chunk * STEPS + tl.arange(0, STEPS) < length, mask, WHOLE)
+    grads = load_tile(grad_y + b * grad_batch, first, place, GRAD_TIME, -1, inside, 0.0, STEPS).to(tl.float32)
+    products = load_tile(y + own, first, place, WIDTH, -1, inside, 0.0, STEPS)
+    # zero where the sum of logarithms was clamped
+    totals = tl.cumsum(tl.where(products <= MIN_Y * (1 + 1e-5), 0.0, grads * products), 0)
+    one = tl.full([BLOCK_D], 1.0, tl.float32)
+    zero = tl.zeros([BLOCK_D], tl.float32)
+    total = last_row(totals)
+    publish_tile(words, states, chunk, index, mask, one, total)
+    start = look_back(words, states, chunk, chunks, index, mask, one, total, zero, GROUP)
+    factors = load_tile(gamma + b * gamma_batch, first, place, GAMMA_TIME, -1, inside, 1.0, STEPS).to(tl.float32)
+    clamped = (factors < MIN_Y) | (factors > 1.0)
+    slopes = tl.where(clamped, 0.0, (start[None, :] + totals) / tl.where(clamped, 1.0, factors))
+    store_tile(grad_gamma + own, first, place, WIDTH, -1, inside, slopes)
+    if chunk == chunks - 1:
+        end = start + total
+        if initial is not None:
+            before = tl.load(initial + index, mask, other=0.0).to(tl.float32)
+            end = tl.where((before < MIN_LOG) | (before > 0.0), 0.0, end)
+        tl.store(grad_initial + index, end, mask)
 
 
 def exponential_scan_forward(gamma: Tensor, initial: Tensor | None) -> Tensor:

@@ -10,169 +10,117 @@ import triton.language as tl
 from torch import Tensor
 
 from mmrec_kernels.handoff import take_ticket
-from mmrec_kernels.time_tiles import as_new, launch, load_rows, look_back, publish_tile, readable, tile_of_ticket
+from mmrec_kernels.register_tiles import as_new, last_row, scan_rows, summarize_tile
+from mmrec_kernels.time_tiles import (
+    first_token,
+    launch,
+    load_tile,
+    look_back,
+    publish_tile,
+    readable,
+    store_tile,
+    tile_mask,
+    tile_of_ticket,
+)
 
 
 @triton.jit
-def _decay(gamma, forgets, s: tl.constexpr):
-    """γ of row s in fp32, or zero where the row forgets what came before; `forgets` is empty if no row does."""
+def _remembered(value, forgets):
+    """value [rows, channels] in fp32, but zero in rows that forget what came before them."""
     if len(forgets) > 0:
-        return tl.where(forgets[s] != 0, 0.0, gamma.to(tl.float32))
+        return tl.where(forgets[0][:, None] != 0, 0.0, value.to(tl.float32))
     else:
-        return gamma.to(tl.float32)
+        return value.to(tl.float32)
 
 
 @triton.jit
-def _load_resets(reset, STEP: tl.constexpr, left, STEPS: tl.constexpr):
-    """Tuple of a number per row, nonzero where the row forgets what came before; empty if `reset` is None."""
+def _load_resets(reset, first, there, STEP: tl.constexpr):
+    """A number per row, nonzero where it forgets what came before it, as a tuple; empty if `reset` is None."""
     if reset is None:
         return ()
     else:
-        return load_rows(reset, STEP, left, left > 0, 0, STEPS)
+        return (tl.load(reset + first + tl.arange(0, there.shape[0]) * STEP, there, other=0),)
 
 
-@triton.jit(do_not_specialize=["batch", "length"])
+@triton.jit(do_not_specialize=["batch", "length", "shift"])
 def _forward_kernel(
-    gamma,
-    x,
-    initial,
-    reset,
-    h,
-    final,
-    words,
-    batch,
-    length,
-    gamma_batch: tl.int64,
-    x_batch: tl.int64,
-    WIDTH: tl.constexpr,
-    GAMMA_TIME: tl.constexpr,
-    X_TIME: tl.constexpr,
-    STEP: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    STEPS: tl.constexpr,
-    GROUP: tl.constexpr,
-):
-    """h_t = γ_t h_{t−1} + x_t; STEP is −1 for the scan from the last token to the first. See the module."""
-    counter, words = words, words + 4
+    gamma, x, initial, reset, h, final, words, batch, length, shift, gamma_batch: tl.int64, x_batch: tl.int64,
+    WIDTH: tl.constexpr, GAMMA_TIME: tl.constexpr, X_TIME: tl.constexpr, STEP: tl.constexpr, WHOLE: tl.constexpr,
+    VECTOR: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """h_t = γ_t h_{t−1} + x_t; STEP is −1 for the scan from the last token to the first."""
+    chunk, b, channel, mask = tile_of_ticket(take_ticket(words), batch, WIDTH, BLOCK_D)
+    words += 4
     chunks = tl.cdiv(length, STEPS)
     states = batch.to(tl.int64) * WIDTH
-    tiles = chunks * batch * ((WIDTH + BLOCK_D - 1) // BLOCK_D)
-    G: tl.constexpr = STEP * GAMMA_TIME
-    X: tl.constexpr = STEP * X_TIME
-    H: tl.constexpr = STEP * WIDTH
-    ticket = take_ticket(counter)
-    while ticket < tiles:
-        chunk, row, channel, mask = tile_of_ticket(ticket, batch, WIDTH, BLOCK_D)
-        first = chunk * STEPS
-        token = (first if STEP > 0 else length - 1 - first).to(tl.int64)
-        gs = gamma + row * gamma_batch + token * GAMMA_TIME + channel
-        xs = x + row * x_batch + token * X_TIME + channel
-        rs = None if reset is None else reset + row * length + token
-        hs = h + (row * length + token) * WIDTH + channel
-        left = length - first
-        gammas = load_rows(gs, G, left, mask, 1.0, STEPS)
-        xs = load_rows(xs, X, left, mask, 0.0, STEPS)
-        forgets = _load_resets(rs, STEP, left, STEPS)
-        ticket = take_ticket(counter)  # early, so that the next tile's number is here when this tile is done
-        decay = tl.full([BLOCK_D], 1.0, tl.float32)
-        state = tl.zeros([BLOCK_D], tl.float32)
-        for s in tl.static_range(STEPS):
-            factor = _decay(gammas[s], forgets, s)
-            decay *= factor
-            state = factor * state + xs[s].to(tl.float32)
-
-        index = row * WIDTH + channel
-        publish_tile(words, states, chunk, index, mask, decay, state)
-        start = tl.zeros([BLOCK_D], tl.float32)
-        if initial is not None:
-            start = tl.load(initial + index, mask, other=0.0).to(tl.float32)
-        state = look_back(words, states, chunk, chunks, index, mask, decay, state, start, GROUP)
-
-        left = as_new(left)
-        for s in tl.static_range(STEPS):
-            state = _decay(as_new(gammas[s]), forgets, s) * state + as_new(xs[s]).to(tl.float32)
-            tl.store(hs + s * H, state, mask & (s < left))
-        if chunk == chunks - 1:
-            tl.store(final + index, state, mask)
+    index = b * WIDTH + channel
+    place = channel + shift * VECTOR
+    first = first_token(chunk, length, STEP, STEPS)
+    there = chunk * STEPS + tl.arange(0, STEPS) < length
+    inside = tile_mask(there, mask, WHOLE)
+    gammas = load_tile(gamma + b * gamma_batch, first, place, GAMMA_TIME, STEP, inside, 1.0, STEPS)
+    xs = load_tile(x + b * x_batch, first, place, X_TIME, STEP, inside, 0.0, STEPS)
+    forgets = _load_resets(reset, b * length + first, there, STEP)
+    decay, state = summarize_tile(_remembered(gammas, forgets), xs.to(tl.float32))
+    publish_tile(words, states, chunk, index, mask, decay, state)
+    start = tl.zeros([BLOCK_D], tl.float32)
+    if initial is not None:
+        start = tl.load(initial + index, mask, other=0.0).to(tl.float32)
+    start = look_back(words, states, chunk, chunks, index, mask, decay, state, start, GROUP)
+    values = scan_rows(_remembered(as_new(gammas), forgets), as_new(xs).to(tl.float32), start)
+    store_tile(h + b * length * WIDTH, first, place, WIDTH, STEP, inside, values)
+    if chunk == chunks - 1:
+        tl.store(final + index, last_row(values), mask)
 
 
-@triton.jit(do_not_specialize=["batch", "length"])
+@triton.jit(do_not_specialize=["batch", "length", "shift"])
 def _backward_kernel(
-    grad_h,
-    grad_final,
-    gamma,
-    h,
-    initial,
-    reset,
-    grad_x,
-    grad_gamma,
-    grad_initial,
-    words,
-    batch,
-    length,
-    grad_batch: tl.int64,
-    gamma_batch: tl.int64,
-    WIDTH: tl.constexpr,
-    GRAD_TIME: tl.constexpr,
-    GAMMA_TIME: tl.constexpr,
-    STEP: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    STEPS: tl.constexpr,
-    GROUP: tl.constexpr,
-):
-    """λ_t = ∂L/∂h_t + μ_{t+1} and μ_t = γ_t λ_t, against the direction of the forward scan.
+    grad_h, grad_final, gamma, h, initial, reset, grad_x, grad_gamma, grad_initial, words, batch, length, shift,
+    grad_batch: tl.int64, gamma_batch: tl.int64, WIDTH: tl.constexpr, GRAD_TIME: tl.constexpr,
+    GAMMA_TIME: tl.constexpr, STEP: tl.constexpr, WHOLE: tl.constexpr, VECTOR: tl.constexpr,
+    BLOCK_D: tl.constexpr, STEPS: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """λ_t = γ_{t+1} λ_{t+1} + ∂L/∂h_t, against the direction of the forward scan; ∂x_t = λ_t, ∂γ_t = λ_t h_{t−1}.
 
-    ∂x_t = λ_t, ∂γ_t = λ_t h_{t−1}; μ is what is scanned, starts as the gradient of the final state, and ends as the
-    gradient of the initial one. STEP is the direction of this scan: −1 if the forward scan went to the last token.
+    The gradient of the final state enters the first λ without a decay; γ λ of the last one is the gradient of the
+    initial state. STEP is the direction of this scan: −1 if the forward scan went to the last token.
     """
-    counter, words = words, words + 4
+    chunk, b, channel, mask = tile_of_ticket(take_ticket(words), batch, WIDTH, BLOCK_D)
+    words += 4
     chunks = tl.cdiv(length, STEPS)
     states = batch.to(tl.int64) * WIDTH
-    tiles = chunks * batch * ((WIDTH + BLOCK_D - 1) // BLOCK_D)
-    G: tl.constexpr = STEP * GAMMA_TIME
-    Y: tl.constexpr = STEP * GRAD_TIME
-    H: tl.constexpr = STEP * WIDTH
-    ticket = take_ticket(counter)
-    while ticket < tiles:
-        chunk, row, channel, mask = tile_of_ticket(ticket, batch, WIDTH, BLOCK_D)
-        first = chunk * STEPS
-        token = (first if STEP > 0 else length - 1 - first).to(tl.int64)
-        gs = gamma + row * gamma_batch + token * GAMMA_TIME + channel
-        ys = grad_h + row * grad_batch + token * GRAD_TIME + channel
-        rs = None if reset is None else reset + row * length + token
-        written = (row * length + token) * WIDTH + channel
-        left = length - first
-        gammas = load_rows(gs, G, left, mask, 1.0, STEPS)
-        grads = load_rows(ys, Y, left, mask, 0.0, STEPS)
-        forgets = _load_resets(rs, STEP, left, STEPS)
-        ticket = take_ticket(counter)
-        decay = tl.full([BLOCK_D], 1.0, tl.float32)
-        state = tl.zeros([BLOCK_D], tl.float32)
-        for s in tl.static_range(STEPS):
-            factor = _decay(gammas[s], forgets, s)
-            decay *= factor
-            state = factor * (state + grads[s].to(tl.float32))
+    index = b * WIDTH + channel
+    place = channel + shift * VECTOR
+    own = b * length * WIDTH
+    gammas = gamma + b * gamma_batch
+    first = first_token(chunk, length, STEP, STEPS)
+    order = chunk * STEPS + tl.arange(0, STEPS)
+    there = order < length
+    inside = tile_mask(there, mask, WHOLE)
+    decays = load_tile(gammas, first - STEP, place, GAMMA_TIME, STEP, inside & (order > 0)[:, None], 1.0, STEPS)
+    grads = load_tile(grad_h + b * grad_batch, first, place, GRAD_TIME, STEP, inside, 0.0, STEPS)
+    forgets = _load_resets(reset, b * length + first - STEP, there & (order > 0), STEP)
+    decay, state = summarize_tile(_remembered(decays, forgets), grads.to(tl.float32))
+    publish_tile(words, states, chunk, index, mask, decay, state)
+    start = tl.load(grad_final + index, mask, other=0.0).to(tl.float32)
+    start = look_back(words, states, chunk, chunks, index, mask, decay, state, start, GROUP)
+    adjoints = scan_rows(_remembered(as_new(decays), forgets), as_new(grads).to(tl.float32), start)
+    store_tile(grad_x + own, first, place, WIDTH, STEP, inside, adjoints)
 
-        index = row * WIDTH + channel
-        publish_tile(words, states, chunk, index, mask, decay, state)
-        start = tl.load(grad_final + index, mask, other=0.0).to(tl.float32)
-        state = look_back(words, states, chunk, chunks, index, mask, decay, state, start, GROUP)
-
-        before = tl.zeros([BLOCK_D], tl.float32)
-        if initial is not None:
-            before = tl.load(initial + index, mask, other=0.0).to(tl.float32)
-        left = as_new(left)
-        # the state that entered a token, which for the last one is not among h
-        entered = load_rows(h + written + H, H, left - 1, mask, 0.0, STEPS)
-        for s in tl.static_range(STEPS):
-            there = mask & (s < left)
-            adjoint = state + as_new(grads[s]).to(tl.float32)
-            state_before = tl.where(s + 1 == left, before, entered[s].to(tl.float32))
-            tl.store(grad_x + written + s * H, adjoint, there)
-            tl.store(grad_gamma + written + s * H, _decay(state_before * adjoint, forgets, s), there)
-            state = _decay(as_new(gammas[s]), forgets, s) * adjoint
-        if chunk == chunks - 1:
-            tl.store(grad_initial + index, state, mask)
+    # the state that entered a token, which for the last one is not among h
+    has_earlier = (order < length - 1)[:, None]
+    entered = load_tile(h + own, first + STEP, place, WIDTH, STEP, inside & has_earlier, 0.0, STEPS).to(tl.float32)
+    if initial is not None:
+        before = tl.load(initial + index, mask, other=0.0).to(tl.float32)
+        entered = tl.where(has_earlier, entered, before[None, :])
+    slopes = _remembered(adjoints * entered, _load_resets(reset, b * length + first, there, STEP))
+    store_tile(grad_gamma + own, first, place, WIDTH, STEP, inside, slopes)
+    if chunk == chunks - 1:
+        last = first + STEP * (length - 1 - chunk * STEPS)
+        decay = tl.load(gammas + last * GAMMA_TIME + channel, mask, other=0.0).to(tl.float32)
+        if reset is not None:
+            decay = tl.where(tl.load(reset + b * length + last) != 0, 0.0, decay)
+        tl.store(grad_initial + index, decay * last_row(adjoints), mask)
 
 
 def linear_scan_forward(

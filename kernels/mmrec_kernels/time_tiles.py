@@ -1,12 +1,11 @@
 """What scans over time share when they are split over the programs of one Triton launch.
 
-A program is one warp. It takes tiles of `STEPS` consecutive tokens by `BLOCK_D` channels, in the order of the scan.
-Each thread walks the tokens of its own channels one after another, so the threads of a warp exchange nothing. For a
-tile a program
+A program takes a tile of `STEPS` consecutive tokens by some channels. Each thread walks the tokens of its own channels
+one after another, so threads exchange nothing (`register_tiles`). For its tile a program
 
 1. walks the tokens to get what the tile does to the state that enters it, h ↦ decay · h + state, and publishes that;
 2. looks back for the state that enters the tile (`look_back`);
-3. walks the tokens again, which are in registers or in the caches by now, and writes the states.
+3. walks the tokens again, which are in registers, and writes the states.
 
 So every input is read from device memory once. Tiles form groups of `GROUP`, groups form supergroups of `GROUP`
 groups. The last tile of a group publishes what the whole group does, the last tile of a supergroup the state that
@@ -14,7 +13,7 @@ leaves it. A tile combines the earlier tiles of its group, the earlier groups of
 the supergroup before. So only one tile in GROUP² stands in a chain, and what is added to what depends on nothing but
 the number of tokens.
 
-Tiles are taken by ticket: whatever a program waits for belongs to a program that has started.
+Tiles are taken by ticket, in the order of the scan: whatever a program waits for belongs to a program that has started.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -25,15 +24,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmrec_kernels.backend import interpreted
 from mmrec_kernels.checks import cdiv
 from mmrec_kernels.handoff import received, send
 
-BLOCK_D = 64
-STEPS = 64
+WARPS = 2  # of a program
+CHANNELS = 32  # of a tile, per warp; of 16-bit inputs twice as many
+STEPS = 64  # tokens of a tile
 GROUP = 5
-RESIDENT = 8  # programs that a multiprocessor has registers for
-COMPILED = tl.constexpr(not interpreted())
 
 
 def handoff_words(scans: int, length: int, states: int, device: torch.device, steps: int) -> Tensor:
@@ -145,30 +142,6 @@ def look_back(words, states, chunk, chunks, index, mask, decay, state, initial, 
 
 
 @triton.jit
-def load_rows(place, STRIDE: tl.constexpr, left, mask, other: tl.constexpr, ROWS: tl.constexpr):
-    """Tuple of rows, number s from `place + s * STRIDE`; those from number `left` on are `other` instead."""
-    rows = ()
-    for s in tl.static_range(ROWS):
-        rows += (tl.load(place + s * STRIDE, mask & (s < left), other=other),)  # type: ignore[assignment]
-    return rows
-
-
-@triton.jit
-def as_new(x):
-    """x, but the compiler does not know that it is.
-
-    What it has computed from x before, such as a number in fp32 or a mask per row, it would keep in registers for a
-    second use, and there are none left.
-    """
-    if COMPILED and (x.dtype.primitive_bitwidth == 16 and x.type.is_block() and x.shape[0] % 64 == 0):
-        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", (x,), x.dtype, is_pure=False, pack=2)
-    elif COMPILED and x.dtype.primitive_bitwidth == 32:
-        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", (x,), x.dtype, is_pure=False, pack=1)
-    else:
-        return x
-
-
-@triton.jit
 def tile_of_ticket(ticket, batch, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
     """A ticket's tile: its number in the order of the scan, sequence (int64), channels [BLOCK_D], and their mask."""
     blocks: tl.constexpr = (WIDTH + BLOCK_D - 1) // BLOCK_D
@@ -176,6 +149,37 @@ def tile_of_ticket(ticket, batch, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
     column = ticket % (batch * blocks)
     channel = column % blocks * BLOCK_D + tl.arange(0, BLOCK_D)
     return chunk, (column // blocks).to(tl.int64), channel, channel < WIDTH
+
+
+@triton.jit
+def first_token(chunk, length, STEP: tl.constexpr, STEPS: tl.constexpr):
+    """The token (int64) of a tile that the scan comes to first; STEP is −1 if it goes from the last one to token 0."""
+    return (chunk * STEPS if STEP > 0 else length - 1 - chunk * STEPS).to(tl.int64)
+
+
+@triton.jit
+def tile_mask(rows, channels, WHOLE: tl.constexpr):
+    """Mask of a tile's elements, from those of its rows and channels. WHOLE: tiles fill the tensors."""
+    return tl.full((rows.shape[0], 1), True, tl.int1) if WHOLE else rows[:, None] & channels[None, :]
+
+
+@triton.jit
+def _places(base, first, channel, TIME: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr):
+    return base + (first * TIME + channel)[None, :] + (tl.arange(0, ROWS) * (STEP * TIME)).to(tl.int64)[:, None]
+
+
+@triton.jit
+def load_tile(
+    base, first, channel, TIME: tl.constexpr, STEP: tl.constexpr, mask, other: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
+    """Elements [ROWS, channels] of a sequence whose tokens are TIME elements apart, of tokens first, first + STEP, …"""
+    return tl.load(_places(base, first, channel, TIME, STEP, ROWS), mask, other=other)
+
+
+@triton.jit
+def store_tile(base, first, channel, TIME: tl.constexpr, STEP: tl.constexpr, mask, value):
+    """The reverse of `load_tile`."""
+    tl.store(_places(base, first, channel, TIME, STEP, value.shape[0]), value, mask)
 
 
 def readable(x: Tensor) -> Tensor:
@@ -192,27 +196,27 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def launch(kernel: Any, batch: int, length: int, width: int, device: torch.device, **arguments: Any) -> None:
-    """Runs a kernel on the tiles of [B, T, D] inputs, with as many programs as run at the same time.
+    """Runs a kernel on the tiles of [B, T, D] inputs, a program for each.
 
     Args:
         arguments: The kernel's own; those that every kernel of this kind has are added here.
     """
-    # pairs of 16-bit channels take a register, as one fp32 channel does
+    # a register holds two 16-bit channels or one of fp32
     wide = any(isinstance(x, Tensor) and x.dim() == 3 and x.element_size() > 2 for x in arguments.values())
-    block_d = BLOCK_D // 2 if wide else BLOCK_D
-    programs = cdiv(length, STEPS) * batch * cdiv(width, block_d)
-    if device.type == "cuda":
-        programs = min(programs, RESIDENT * torch.cuda.get_device_properties(device).multi_processor_count)
+    vector = 1 if wide else 2
+    block_d = WARPS * CHANNELS * vector
     with on_device(device):
-        kernel[(programs,)](
+        kernel[(cdiv(length, STEPS) * batch * cdiv(width, block_d),)](
             **arguments,
             words=handoff_words(1, length, batch * width, device, STEPS),
             batch=batch,
             length=length,
+            shift=0,
             WIDTH=width,
+            WHOLE=length % STEPS == 0 and width % block_d == 0,
+            VECTOR=vector,
             BLOCK_D=block_d,
             STEPS=STEPS,
             GROUP=GROUP,
-            num_warps=1,
-            num_stages=1,
+            num_warps=WARPS,
         )

@@ -20,8 +20,8 @@ def backend(request, monkeypatch):
     monkeypatch.setenv(backends.VARIABLE, request.param)
     if backends.interpreted():
         monkeypatch.setattr(headwise_triton, "TILE", 16)
-        monkeypatch.setattr(dense_triton, "CHANNELS", 4)
         for module in (time_tiles, dense_triton):
+            monkeypatch.setattr(module, "CHANNELS", 4)
             monkeypatch.setattr(module, "STEPS", 16)
         monkeypatch.setattr(dense_triton, "STEPS_MEASURED", 8)
     return request.param

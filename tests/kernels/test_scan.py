@@ -31,7 +31,7 @@ def outputs_and_gradients(scan, inputs, reset=None, reverse=False):
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles so small that short sequences have many groups and supergroups of them."""
-    for name, value in {"BLOCK_D": 4, "STEPS": 4, "GROUP": 2}.items():
+    for name, value in {"CHANNELS": 1, "STEPS": 4, "GROUP": 2}.items():
         monkeypatch.setattr(time_tiles, name, value)
 
 
