@@ -7,6 +7,7 @@ define each operation and that everything else is tested against.
 
 from mmrec_kernels import reference
 from mmrec_kernels.attention import memory_attention, merge_partial_reads
+from mmrec_kernels.compile_cache import settle_keys
 from mmrec_kernels.hierarchy import (
     Pyramid,
     RingWrites,
@@ -38,3 +39,5 @@ __all__ = [
     "slots_in_pages",
     "update_pyramid",
 ]
+
+settle_keys(__name__)
