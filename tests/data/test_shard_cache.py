@@ -13,7 +13,9 @@ from pathlib import Path
 import fsspec
 import pytest
 
+from mmrec_train.data import LaneLoader
 from mmrec_train.data import shard_cache as shard_cache_module
+from mmrec_train.data.lanes import StreamSettings
 from mmrec_train.data.views import head
 from mmrec_train.errors import UserError
 from mmrec_train.evaluation import FixedLanes
@@ -195,6 +197,26 @@ def test_the_next_group_is_prefetched_into_a_cache_of_two(
             assert [source.read(index).tolist() for index in (first, first + 1)] == documents[first : first + 2]
         assert requests.fetched == files_of(*range(min(first + 4, 10)))
         assert cached_bytes(tmp_path) <= largest
+
+
+def test_training_finds_the_next_group_fetched(tmp_path: Path, documents: list[list[int]], requests: Requests) -> None:
+    """Once a lane is in the documents of one group, those of the next are in the cache; none is fetched twice."""
+    settings = StreamSettings(shuffle_shards=2)
+    loader = LaneLoader(open_remote(tmp_path), settings, num_lanes=1, chunk_len=4, micro_batch_size=1)
+    begins = {document[0]: number for number, document in enumerate(documents)}
+    groups: list[set[int]] = []  # the documents, and so the shards, that have been begun, in pairs
+    while len(groups) <= 2 * 5:
+        [window] = loader.next_step()
+        prefetched()
+        for token in window.input_ids.flatten().tolist():
+            if token in begins:
+                if not groups or len(groups[-1]) == 2:
+                    groups.append(set())
+                groups[-1].add(begins[token])
+        assert len(requests.fetched) == 4 * min(len(groups) + 1, 5)
+        assert len(set(requests.fetched)) == len(requests.fetched)
+        for group in groups:
+            assert set(files_of(*group)) <= set(requests.fetched[: 4 * min(len(groups), 5)])
 
 
 def test_more_is_prefetched_than_is_mapped(
