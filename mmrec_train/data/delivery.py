@@ -35,7 +35,7 @@ class Delivery:
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._state, self._consumed = loader.state_dict(), dict(loader.consumed)
-        self._waited = 0.0
+        self._waits: list[float] = []
         self._steps: SimpleQueue[_Step | BaseException] = SimpleQueue()
         self._failure: BaseException | None = None
         self._room = threading.Semaphore(DEPTH)
@@ -53,7 +53,7 @@ class Delivery:
             raise self._failure
         start = time.perf_counter()
         step = self._steps.get()
-        self._waited += time.perf_counter() - start
+        self._waits.append(time.perf_counter() - start)
         if isinstance(step, BaseException):
             self._failure = step
             raise step
@@ -76,10 +76,10 @@ class Delivery:
         """Tokens by source, in the steps taken so far."""
         return self._consumed
 
-    def waited_seconds(self) -> float:
-        """How long `next_step` has waited for steps that were not ready, since this was last asked."""
-        waited, self._waited = self._waited, 0.0
-        return waited
+    def waits(self) -> list[float]:
+        """For how many seconds `next_step` waited for each step taken since this was last asked."""
+        waits, self._waits = self._waits, []
+        return waits
 
     def close(self) -> None:
         """Ends the thread, after the step that it is making."""

@@ -47,7 +47,7 @@ PLOTS = (
         "data-wait",
         "Waiting for data",
         "ms a step",
-        (Series("data_wait_seconds", "waiting"),),
+        (Series("data_wait_seconds", "mean"), Series("data_wait_max_seconds", "longest")),
         scale=1e3,
         from_zero=True,
     ),

@@ -105,8 +105,7 @@ class Trainer:
                 if self.step % self.config.logging.every == 0 or last:
                     get_accelerator().synchronize()
                     seconds = (time.perf_counter() - window_start) / (self.step - window_step)
-                    waited = self.delivery.waited_seconds() / (self.step - window_step)
-                    self._log(result, seconds, waited, reporter)
+                    self._log(result, seconds, self.delivery.waits(), reporter)
                 stopped = stop.agreed(self.device)
                 pause_start = time.perf_counter()
                 if train.validate_every and (self.step % train.validate_every == 0 or last):
@@ -185,15 +184,15 @@ class Trainer:
         if reporter:
             reporter.log({"step": self.step, **record})
 
-    def _log(self, result: "StepResult", step_seconds: float, waited: float, reporter: Reporter | None) -> None:
-        """One record of the step just done; a collective call. waited: this rank's seconds a step for data."""
+    def _log(self, result: "StepResult", step_seconds: float, waits: list[float], reporter: Reporter | None) -> None:
+        """One record of the step just done; a collective call. waits: seconds, for each step since the last record."""
         sums = torch.stack([result.loss, result.counted, result.solver_iterations]).double()
         dist.all_reduce(sums, op=dist.ReduceOp.SUM)
         loss, counted, iterations = sums.tolist()
-        extremes = torch.tensor([result.solver_residual.item(), _peak_memory(), waited], dtype=torch.float64)
-        extremes = extremes.to(self.device)
+        own = [result.solver_residual.item(), _peak_memory(), sum(waits) / len(waits), max(waits)]
+        extremes = torch.tensor(own, dtype=torch.float64).to(self.device)
         dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
-        residual, peak_memory, waited = extremes.tolist()
+        residual, peak_memory, mean_wait, longest_wait = extremes.tolist()
         if reporter:
             reporter.log(
                 {
@@ -203,7 +202,8 @@ class Trainer:
                     "learning_rate": result.learning_rate,
                     **self.clipper.norms,
                     "step_seconds": step_seconds,
-                    "data_wait_seconds": waited,
+                    "data_wait_seconds": mean_wait,
+                    "data_wait_max_seconds": longest_wait,
                     "tokens_per_second": self.config.tokens_per_step / step_seconds,
                     "peak_memory_bytes": int(peak_memory),
                     "solver_iterations": iterations / self.world.size,

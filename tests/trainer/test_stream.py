@@ -1,6 +1,9 @@
 """How the trainer reads its stream: windows of chunks, finite sources, ahead of time; one rank, in this process."""
 
+import itertools
 import json
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,8 +72,8 @@ class AtOnce(Delivery):
     def consumed(self) -> dict[str, int]:
         return self.loader.consumed
 
-    def waited_seconds(self) -> float:
-        return 0.0
+    def waits(self) -> list[float]:
+        return [0.0]
 
     def close(self) -> None:
         pass
@@ -139,10 +142,38 @@ def test_what_was_read_of_each_source_is_logged(
         tokens = {name: record[f"source/{name}/tokens"] for name in ("words", "numbers")}
         assert sum(tokens.values()) == record["tokens"] == record["step"] * 4 * 48
         assert tokens["words"] / record["tokens"] == pytest.approx(0.75, abs=0.1)
-        assert 0 <= record["data_wait_seconds"] < record["step_seconds"]
+        assert 0 < record["data_wait_seconds"] < record["step_seconds"]
+        assert record["data_wait_seconds"] <= record["data_wait_max_seconds"] <= 10 * record["data_wait_seconds"]
     manifest = json.loads((two_sources / "manifest.json").read_text())
     trained = manifest["sources"]["words"]["splits"]["train"]["tokens"]
     assert records[-1]["source/words/epochs"] == records[-1]["source/words/tokens"] / trained
+
+
+def test_waiting_for_a_slow_loader_is_logged(
+    pretrain: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fifth step is made half a second after it was asked for, the others ahead."""
+    made, taken = LaneLoader.next_step, Delivery.next_step
+    asked, calls = threading.Semaphore(0), itertools.count(1)
+
+    def late(loader: LaneLoader) -> list[Chunk]:
+        if next(calls) == 5:
+            for _ in range(5):
+                asked.acquire()
+            time.sleep(0.5)
+        return made(loader)
+
+    def asking(delivery: Delivery) -> list[Chunk]:
+        asked.release()
+        return taken(delivery)
+
+    monkeypatch.setattr(LaneLoader, "next_step", late)
+    monkeypatch.setattr(Delivery, "next_step", asking)
+    assert pretrain("train.steps=6", "logging.every=3").code == 0
+    records: list[dict[str, Any]] = [dict(record) for record in read_metrics(tmp_path / "run")]
+    first, last = records
+    assert first["data_wait_max_seconds"] < 0.4 < last["data_wait_max_seconds"]
+    assert last["data_wait_seconds"] == pytest.approx(last["data_wait_max_seconds"] / 3, rel=0.3)
 
 
 def test_another_stream_goes_on_only_if_asked(
