@@ -4,6 +4,7 @@ import json
 import math
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from torch.nn import functional as F
 from launch.evaluate import main
 from mmrec_train.data import TokenDataset, open_dataset
 from mmrec_train.data.views import head
-from mmrec_train.evaluation import combine, evaluate
+from mmrec_train.evaluation import Evaluation, FixedLanes, combine, evaluate, losses_by_position
 from mmrec_train.model import MMRecForCausalLM
+from tests.data.documents import numbered_documents, write_documents
 from tests.launch.trained import small_model, tear, write_checkpoint
 from tests.trainer.texts import write_texts
 
@@ -88,6 +90,24 @@ def test_every_bucket_begins_at_its_edge(
         losses = [loss for document in expected for loss in document[bucket.start : bucket.stop]]
         assert bucket.tokens == len(losses)
         assert bucket.loss == pytest.approx(sum(losses) / len(losses), rel=1e-6)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_documents_beyond_every_edge(tmp_path: Path, batch: int) -> None:
+    """Losses are made of token ids: a model would take long for a document of more than 100K tokens."""
+
+    def losing(*, input_ids: torch.Tensor, **_: object) -> SimpleNamespace:
+        return SimpleNamespace(loss=input_ids % 977, memory_states=())
+
+    documents = numbered_documents([500, 140_000, 33_000, 1, 8193])
+    lanes = FixedLanes(head(write_documents(tmp_path, documents), "main", None), chunk_len=8192, batch=batch)
+    result = Evaluation.of(torch.stack(list(losses_by_position(losing, lanes, torch.device("cpu")))).sum(0))
+    edges = [(0, 1024), (1024, 8192), (8192, 32768), (32768, 102400), (102400, None)]
+    assert [(bucket.start, bucket.stop) for bucket in result.by_position] == edges
+    for bucket in result.by_position:
+        losses = [token % 977 for document in documents for token in document[bucket.start : bucket.stop]]
+        assert bucket.tokens == len(losses)
+        assert bucket.loss == pytest.approx(sum(losses) / len(losses))
 
 
 @pytest.mark.parametrize("batch, chunk_len", [(1, 20), (3, 64), (5, 999)])
