@@ -1,6 +1,7 @@
 """Tokenizers: train one, load one, tell whether two are the same."""
 
 import json
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def pretrained_tokenizer(name: str) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # a damaged tokenizer.json raises bare Exception from the Rust library
         raise UserError(
-            f"cannot load the tokenizer {name}: {_first_line(error)} "
+            f"cannot load the tokenizer {name}: {_one_line(error)} "
             "Give a folder with tokenizer.json and tokenizer_config.json, or a name on the Hugging Face hub."
         ) from error
     if not tokenizer.is_fast:
@@ -116,7 +117,7 @@ class Encoder:
         return [np.array([self._bos, *encoding.ids], dtype=np.int64) for encoding in encodings]
 
 
-def _first_line(error: Exception) -> str:
-    """The first line of a library's message, as a sentence."""
-    line = (str(error) or type(error).__name__).splitlines()[0].strip()
-    return line if line.endswith(".") else line + "."
+def _one_line(error: Exception) -> str:
+    """A library's message as one line that ends with a full stop; what is too long for one is left out."""
+    line = textwrap.shorten(str(error) or type(error).__name__, 400, placeholder=" …")
+    return line if line.endswith((".", "…")) else line + "."

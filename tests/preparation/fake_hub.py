@@ -1,4 +1,4 @@
-"""A Hugging Face hub on localhost: as much of its interface as streaming uses."""
+"""A Hugging Face hub on localhost: as much of its interface as streaming data sets and loading tokenizers use."""
 
 import hashlib
 import json
@@ -19,15 +19,19 @@ _REVISIONS = f"(?:{REVISION}|main)"
 
 @contextmanager
 def fake_hub(
-    data_sets: dict[str, dict[str, bytes]], trouble: Callable[[str], int | float | None] = lambda path: None
+    data_sets: dict[str, dict[str, bytes]],
+    trouble: Callable[[str], int | float | None] = lambda path: None,
+    models: dict[str, dict[str, bytes]] | None = None,
 ) -> Iterator[str]:
-    """Serve data sets, by name (OWNER/NAME) their files by path; yields the endpoint's address.
+    """Serve data sets and models, by name (OWNER/NAME) their files by path; yields the endpoint's address.
 
     `trouble` is asked before each answer to a path: a status (an integer) is answered in its place, after so many
     seconds (a float) the connection is cut off without an answer, None means no trouble.
     """
 
-    known = "|".join(map(re.escape, data_sets))
+    repositories = {f"datasets/{name}": files for name, files in data_sets.items()}
+    repositories |= {f"models/{name}": files for name, files in (models or {}).items()}
+    known = "|".join(map(re.escape, repositories))
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -42,13 +46,13 @@ def fake_hub(
                 self.close_connection = True
             elif found is not None:
                 self._answer(found, b"", {})
-            elif match := re.fullmatch(rf"/api/datasets/({known})(/revision/{_REVISIONS})?", path):
-                self._json(_repository(match[1], data_sets[match[1]]))
-            elif match := re.fullmatch(rf"/api/datasets/({known})/tree/{_REVISIONS}(/.*)?", path):
+            elif match := re.fullmatch(rf"/api/({known})(/revision/{_REVISIONS})?", path):
+                self._json(_repository(match[1].partition("/")[2], repositories[match[1]]))
+            elif match := re.fullmatch(rf"/api/({known})/tree/{_REVISIONS}(/.*)?", path):
                 recursive = parse_qs(url.query).get("recursive", [""])[0].lower() in ("true", "1")
-                self._json(_tree(data_sets[match[1]], (match[2] or "").strip("/"), recursive))
-            elif match := re.fullmatch(rf"/datasets/({known})/resolve/{_REVISIONS}/(.+)", path):
-                self._file(data_sets[match[1]], match[2])
+                self._json(_tree(repositories[match[1]], (match[2] or "").strip("/"), recursive))
+            elif match := re.fullmatch(rf"({known})/resolve/{_REVISIONS}/(.+)", _with_kind(path)):
+                self._file(repositories[match[1]], match[2])
             else:
                 self._missing()
 
@@ -56,8 +60,8 @@ def fake_hub(
 
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"])).decode()
-            if match := re.fullmatch(rf"/api/datasets/({known})/paths-info/{_REVISIONS}", self.path):
-                files = data_sets[match[1]]
+            if match := re.fullmatch(rf"/api/({known})/paths-info/{_REVISIONS}", self.path):
+                files = repositories[match[1]]
                 self._json([_entry(path, files[path]) for path in parse_qs(body)["paths"] if path in files])
             else:
                 self._missing()
@@ -80,7 +84,8 @@ def fake_hub(
             self._answer(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
         def _missing(self) -> None:
-            self._answer(404, b"", {"X-Error-Code": "EntryNotFound" if re.search(known, self.path) else "RepoNotFound"})
+            is_known = re.match(rf"({known})/", _with_kind(self.path))
+            self._answer(404, b"", {"X-Error-Code": "EntryNotFound" if is_known else "RepoNotFound"})
 
         def _answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
             self.send_response(status)
@@ -111,6 +116,12 @@ class _Server(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
+def _with_kind(path: str) -> str:
+    """KIND/OWNER/NAME/... of a path: those of models' files begin with the owner."""
+    path = path.removeprefix("/").removeprefix("api/")
+    return path if path.startswith(("datasets/", "models/")) else f"models/{path}"
+
+
 def _blob_id(data: bytes) -> str:
     return hashlib.sha1(data).hexdigest()
 
@@ -128,11 +139,11 @@ def _tree(files: dict[str, bytes], folder: str, recursive: bool) -> list[dict[st
     return [entry for entry in entries if recursive or "/" not in str(entry["path"]).removeprefix(prefix)]
 
 
-def _repository(dataset: str, files: dict[str, bytes]) -> dict[str, object]:
+def _repository(name: str, files: dict[str, bytes]) -> dict[str, object]:
     siblings = [{"rfilename": path} for path in files]
     return {
         "_id": "1",
-        "id": dataset,
+        "id": name,
         "sha": REVISION,
         "private": False,
         "tags": [],

@@ -17,10 +17,11 @@ import pytest
 
 from mmrec_train.data.dataset import open_dataset
 from mmrec_train.data.manifest import read_manifest
-from mmrec_train.data.tokenizer import train_tokenizer
+from mmrec_train.data.tokenizer import Encoder, load_tokenizer, special_ids, train_tokenizer
 from mmrec_train.errors import EXIT_OK, EXIT_USER_ERROR
 from mmrec_train.preparation import hub
 from tests.preparation.fake_hub import REVISION, fake_hub
+from tests.preparation.test_ingest_kill import RANDOM_KILLS
 from tests.preparation.texts import TEXTS, contents, prepare_texts, recipe_of, stored_texts
 
 ROOT = Path(__file__).parents[2]
@@ -44,6 +45,22 @@ FILES = {
     "data/train-00001-of-00002.parquet": parquet(ROWS[300:], 300, group=1000),
     "data/test-00000-of-00001.parquet": parquet(["another split"]),
 }
+README = f"""---
+dataset_info:
+  features:
+  - name: id
+    dtype: int64
+  - name: body
+    dtype: string
+  splits:
+  - name: train
+    num_bytes: {sum(map(len, ROWS))}
+    num_examples: {len(ROWS)}
+  - name: test
+    num_bytes: 13
+    num_examples: 1
+---
+"""
 
 
 def run(arguments: list[str], endpoint: str, home: Path) -> "subprocess.CompletedProcess[str]":
@@ -80,8 +97,8 @@ class Prepared:
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     """Data sets that one process prepared one after another: its imports take seconds.
 
-    The hub has trouble with one of the data sets: with the question which commit is the latest, and with each file. It
-    gives no answer first, then an error.
+    The hub has a tokenizer, too. It has trouble with one of the data sets: with the question which commit is the
+    latest, and with each file. It gives no answer first, then an error.
     """
     folder = tmp_path_factory.mktemp("hub")
     lines = "".join(json.dumps({"body": text, "meta": {"n": n}, "other": [n]}) + "\n" for n, text in enumerate(ROWS))
@@ -90,14 +107,18 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
         "acme/lines": {"train.jsonl.gz": gzip.compress(lines.encode())},
         "acme/troubled": FILES,
     }
-    body = ["--text-field", "body"]
+    tokenizer = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer(TEXTS, 300).save_pretrained(tokenizer)
+    body, trained = ["--text-field", "body"], ["--train-tokenizer", "300"]
     options = {
-        "parquet": ["--source", "acme/parquet", *body],
-        "no_split": ["--source", "acme/parquet", *body, "--split", "nope"],
-        "lines": ["--source", "acme/lines", "--template", "{meta.n}: {body}"],
-        "troubled": ["--source", "acme/troubled", *body],
+        "parquet": ["--source", "acme/parquet", *body, *trained],
+        "no_split": ["--source", "acme/parquet", *body, *trained, "--split", "nope"],
+        "lines": ["--source", "acme/lines", "--template", "{meta.n}: {body}", *trained],
+        "troubled": ["--source", "acme/troubled", *body, *trained],
+        "tokenizer": ["--source", "acme/parquet", *body, "--tokenizer", "acme/tok"],
+        "no_tokenizer": ["--source", "acme/parquet", *body, "--tokenizer", "acme/absent"],
     }
-    usual = ["--train-tokenizer", "300", "--processes", "1", "--validation-fraction", "0"]
+    usual = ["--processes", "1", "--validation-fraction", "0"]
     commands = [[*command, *usual, "--out", str(folder / name)] for name, command in options.items()]
 
     files = [f"/datasets/acme/troubled/resolve/{REVISION}/{file}" for file in FILES]
@@ -109,7 +130,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
         asked[path] += 1
         return {1: 1.3, 2: 503}.get(asked[path])
 
-    with fake_hub(data_sets, trouble) as endpoint:
+    with fake_hub(data_sets, trouble, {"acme/tok": contents(tokenizer)}) as endpoint:
         done = prepare(commands, endpoint, folder / "home")
     assert done.returncode == 0, done.stderr
     codes = map(int, done.stdout.splitlines()[-1].split())
@@ -133,7 +154,8 @@ def test_a_split_that_there_is_not(prepared: Prepared) -> None:
     assert prepared.codes["no_split"] == EXIT_USER_ERROR, prepared.errors
     assert "Bad split: nope. Available splits: ['train', 'test']" in prepared.errors
     assert "Traceback" not in prepared.errors
-    assert sorted(path.name for path in prepared.folder.iterdir()) == ["home", "lines", "parquet", "troubled"]
+    found = sorted(path.name for path in prepared.folder.iterdir())
+    assert found == ["home", "lines", "parquet", "tokenizer", "troubled"]
 
 
 def test_a_data_set_in_compressed_lines_with_a_template(prepared: Prepared) -> None:
@@ -145,6 +167,70 @@ def test_a_hub_that_times_out_and_fails_and_then_answers(prepared: Prepared) -> 
     assert prepared.codes["troubled"] == EXIT_OK, prepared.errors
     assert stored_texts(prepared.folder / "troubled") == ROWS
     assert all(count >= 3 for path, count in prepared.asked.items() if "test-" not in path)
+
+
+def test_a_tokenizer_by_its_name(prepared: Prepared) -> None:
+    assert prepared.codes["tokenizer"] == EXIT_OK, prepared.errors
+    data, original = prepared.folder / "tokenizer", train_tokenizer(TEXTS, 300)
+    stored = load_tokenizer(data)
+    assert special_ids(stored) == special_ids(original)
+    assert stored.get_vocab() == original.get_vocab()
+    texts = [*ROWS, *TEXTS, "<|endoftext|> is text; äöü and 漢字 are, too"]
+    expected = [tokens.tolist() for tokens in Encoder(original)(texts)]
+    assert [tokens.tolist() for tokens in Encoder(stored)(texts)] == expected
+    source = open_dataset(data, "train", verify=True).sources["main"]
+    assert [source.read(document).tolist() for document in range(source.num_documents)] == expected[: len(ROWS)]
+    assert read_manifest(data).preparation["tokenizer"] == "acme/tok"
+
+
+def test_a_tokenizer_that_there_is_not(prepared: Prepared) -> None:
+    assert prepared.codes["no_tokenizer"] == EXIT_USER_ERROR, prepared.errors
+    [message] = [line for line in prepared.errors.splitlines() if "acme/absent" in line]
+    assert message.startswith("error: cannot load the tokenizer acme/absent: acme/absent is not a local folder and ")
+    assert "hf auth login" in message  # where it is private
+    remedy = "Give a folder with tokenizer.json and tokenizer_config.json, or a name on the Hugging Face hub."
+    assert message.endswith(f" {remedy} Nothing was written.")
+    assert "Traceback" not in prepared.errors
+
+
+PROGRESS = """
+import json
+import sys
+from contextlib import suppress
+from pathlib import Path
+from mmrec_train.preparation.ingest import Settings, prepare
+from tests.preparation.texts import recipe_of
+
+def note(progress):
+    reports.append((progress.documents, progress.done))
+    if len(reports) == 4:
+        raise KeyboardInterrupt
+
+folder, *data_sets = sys.argv[1:]
+settings = Settings(1, batch_bytes=10_000, commit_seconds=0)
+for number, name in enumerate(data_sets):
+    recipe = recipe_of({"main": {"source": name, "text_field": "body"}})
+    out, reports = Path(folder, str(number)), []
+    while not out.exists():
+        with suppress(KeyboardInterrupt):
+            prepare(recipe, out, tokenizer=str(Path(folder, "tokenizer")), settings=settings, on_progress=note)
+    print(json.dumps(reports))
+"""
+
+
+def test_how_much_is_done_where_the_data_set_tells_its_rows(tmp_path: Path) -> None:
+    """The rows of the split are the whole, before and after an interrupt; where it does not tell, it is not known."""
+    train_tokenizer(TEXTS, 300).save_pretrained(tmp_path / "tokenizer")
+    data_sets = {"acme/described": {**FILES, "README.md": README.encode()}, "acme/bare": FILES}
+    with fake_hub(data_sets) as endpoint:
+        done = run(["-c", PROGRESS, str(tmp_path), *data_sets], endpoint, tmp_path / "home")
+    assert done.returncode == 0, done.stderr
+    described, bare = map(json.loads, done.stdout.splitlines())
+    assert len(described) >= 8
+    assert [part for _, part in described] == [documents / len(ROWS) for documents, _ in described]
+    assert described[-1] == [len(ROWS), 1.0]
+    assert [documents for documents, _ in bare] == [documents for documents, _ in described]
+    assert {part for _, part in bare} == {None}
 
 
 READ = """
@@ -198,12 +284,12 @@ def test_killed_in_the_middle_of_the_stream(tmp_path: Path) -> None:
     source = {"source": "acme/texts", "text_field": "body"}
     value: dict[str, Any] = {"recipe": recipe_of({"main": source}).model_dump(mode="json"), "settings": settings}
     (tmp_path / "request.json").write_text(json.dumps({**value, "tokenizer": str(tmp_path / "tokenizer")}))
-    command = ["-m", "tests.preparation.killing", "random", str(tmp_path), "3", "5", "1.2"]
     with fake_hub({"acme/texts": FILES}) as endpoint:
-        done = run(command, endpoint, tmp_path / "home")
+        done = run(["-c", RANDOM_KILLS, str(tmp_path), "3", "6", "1.2"], endpoint, tmp_path / "home")
     assert done.returncode == 0, done.stderr
     print(done.stderr)
-    assert int(done.stdout) >= 5
+    kills, with_workers = map(int, done.stdout.split())
+    assert kills >= 6 and with_workers >= 1
     whole = sorted(tmp_path.glob("whole_*"))
     for folder in whole:
         assert stored_texts(folder) == ROWS
