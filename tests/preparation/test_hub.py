@@ -21,7 +21,7 @@ from mmrec_train.data.tokenizer import Encoder, load_tokenizer, special_ids, tra
 from mmrec_train.errors import EXIT_OK, EXIT_USER_ERROR
 from mmrec_train.preparation import hub
 from tests.preparation.fake_hub import REVISION, fake_hub
-from tests.preparation.test_ingest_kill import RANDOM_KILLS
+from tests.preparation.killing import PROGRAM
 from tests.preparation.texts import TEXTS, contents, prepare_texts, recipe_of, stored_texts
 
 ROOT = Path(__file__).parents[2]
@@ -280,16 +280,16 @@ def test_rows_are_gathered_up_to_a_size_and_no_further() -> None:
 
 def test_killed_in_the_middle_of_the_stream(tmp_path: Path) -> None:
     train_tokenizer(TEXTS, 300).save_pretrained(tmp_path / "tokenizer")
-    settings = {"processes": 1, "shard_bytes": 3000, "batch_bytes": 1000, "commit_seconds": 0}
+    settings = {"shard_bytes": 3000, "batch_bytes": 1000, "commit_seconds": 0}
     source = {"source": "acme/texts", "text_field": "body"}
     value: dict[str, Any] = {"recipe": recipe_of({"main": source}).model_dump(mode="json"), "settings": settings}
     (tmp_path / "request.json").write_text(json.dumps({**value, "tokenizer": str(tmp_path / "tokenizer")}))
     with fake_hub({"acme/texts": FILES}) as endpoint:
-        done = run(["-c", RANDOM_KILLS, str(tmp_path), "3", "6", "1.2"], endpoint, tmp_path / "home")
+        done = run(["-c", PROGRAM, "random", str(tmp_path), "3", "6", "1.2"], endpoint, tmp_path / "home")
     assert done.returncode == 0, done.stderr
     print(done.stderr)
-    kills, with_workers = map(int, done.stdout.split())
-    assert kills >= 6 and with_workers >= 1
+    kills, of_two_processes = map(int, done.stdout.split())
+    assert kills >= 6 and of_two_processes >= 1
     whole = sorted(tmp_path.glob("whole_*"))
     for folder in whole:
         assert stored_texts(folder) == ROWS

@@ -1,16 +1,12 @@
 """Killed at any moment, an ingest goes on without losing or doubling a document."""
 
 import gzip
-import itertools
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
-import threading
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,59 +17,11 @@ import pytest
 
 from mmrec_train.data.tokenizer import train_tokenizer
 from mmrec_train.preparation.ingest import Settings, prepare
-from mmrec_train.preparation.journal import Journal
 from mmrec_train.preparation.recipe import Recipe
-from tests.preparation import killing
+from tests.preparation.killing import PROGRAM
 from tests.preparation.texts import TEXTS, contents, recipe_of, write_lines
 
 ROOT = Path(__file__).parents[2]
-PROCESSES = (1, 2, 2, 1, 1, 1)  # of one child after another: each number goes on with the work of itself and the other
-
-# `killing random` with that. Not a file: each worker of a child would import it anew, with all that it imports.
-RANDOM_KILLS = """
-import sys
-from pathlib import Path
-import mmrec_train.preparation.hub  # else every child would, for seconds
-from tests.preparation.test_ingest_kill import random_kills
-folder, seed, least, seconds = sys.argv[1:]
-print(*random_kills(Path(folder), int(seed), int(least), float(seconds)))
-"""
-
-
-def random_kills(folder: Path, seed: int, least: int, seconds: float) -> tuple[int, int]:
-    """Returns how many kills hit a child at work, and how many of these one with workers.
-
-    Workers take longer to start than all the rest: the moments of a child with workers are counted in what it commits.
-    """
-    numbers, moments, with_workers = itertools.cycle(PROCESSES), random.Random(seed), 0
-
-    def start(folder: Path, out: Path) -> int:
-        nonlocal with_workers
-        if next(numbers) == 1:
-            return start_alone(folder, out)
-        child = start_alone(folder, out, partial(_two_processes, moments.randint(1, 20), moments.uniform(0, 0.02)))
-        ended = os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
-        with_workers += ended is not None and ended.si_code == os.CLD_KILLED
-        return child
-
-    start_alone = killing.start
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(killing, "start", start)
-        return killing.at_random(folder, seed, least, seconds), with_workers
-
-
-def _two_processes(commits: int, seconds: float) -> None:
-    """In a child: encode in two processes, and be killed so many seconds after so many commits."""
-    commit, numbers = Journal.commit, itertools.count(1)
-
-    def counted(*arguments: Any) -> None:
-        commit(*arguments)
-        if next(numbers) == commits:
-            threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
-
-    patch = pytest.MonkeyPatch()
-    patch.setattr(Journal, "commit", counted)
-    patch.setattr(killing, "Settings", lambda **settings: Settings(**{**settings, "processes": 2}))
 
 
 def request(folder: Path, recipe: Recipe, tokenizer: str | int, settings: dict[str, Any]) -> dict[str, bytes]:
@@ -85,9 +33,8 @@ def request(folder: Path, recipe: Recipe, tokenizer: str | int, settings: dict[s
     return contents(folder / "undisturbed")
 
 
-def run(*arguments: object) -> list[int]:
-    """The numbers that a program of Python prints."""
-    command = [sys.executable, *map(str, arguments)]
+def killing(folder: Path, how: str, *arguments: object) -> list[int]:
+    command = [sys.executable, "-c", PROGRAM, how, str(folder), *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=250, check=False)
     assert done.returncode == 0, done.stderr
@@ -115,11 +62,11 @@ def recipe(tmp_path: Path) -> Recipe:
 
 def test_fifty_kills_at_random_moments(tmp_path: Path, recipe: Recipe) -> None:
     train_tokenizer(TEXTS, 300).save_pretrained(tmp_path / "tokenizer")
-    settings = {"processes": 1, "shard_bytes": 3000, "batch_bytes": 600, "commit_seconds": 0}
+    settings = {"shard_bytes": 3000, "batch_bytes": 600, "commit_seconds": 0}
     undisturbed = request(tmp_path, recipe, str(tmp_path / "tokenizer"), settings)
     assert len([name for name in undisturbed if name.endswith(".bin")]) >= 10
-    kills, with_workers = run("-c", RANDOM_KILLS, tmp_path, 11, 50, 0.2)
-    assert kills >= 50 and with_workers >= 10
+    kills, of_two_processes = killing(tmp_path, "random", 11, 50, 0.2)
+    assert kills >= 50 and of_two_processes >= 10
     whole = sorted(tmp_path.glob("whole_*"))
     assert whole
     for folder in whole:
@@ -130,10 +77,10 @@ def test_fifty_kills_at_random_moments(tmp_path: Path, recipe: Recipe) -> None:
 def test_killed_before_every_step(tmp_path: Path) -> None:
     """From the first note in the journal to the last file removed, the training of a tokenizer included."""
     source = write_lines(tmp_path / "lines.jsonl", TEXTS[:9])
-    settings = {"processes": 1, "shard_bytes": 300, "batch_bytes": 500, "commit_seconds": 0}
+    settings = {"shard_bytes": 300, "batch_bytes": 500, "commit_seconds": 0}
     recipe = recipe_of(source, deduplicate=True, validation_fraction=0.2)
     undisturbed = request(tmp_path, recipe, 260, settings)
-    [steps] = run("-m", "tests.preparation.killing", "steps", tmp_path)
+    [steps] = killing(tmp_path, "steps")
     assert steps > 25
     for number in range(steps + 1):
         assert contents(tmp_path / f"whole_{number}") == undisturbed, f"killed before step {number}"
@@ -143,11 +90,11 @@ def test_killed_before_every_step(tmp_path: Path) -> None:
 
 def test_workers_end_with_a_killed_parent_and_the_next_one_goes_on(tmp_path: Path, recipe: Recipe) -> None:
     train_tokenizer(TEXTS, 300).save_pretrained(tmp_path / "tokenizer")
-    settings = {"processes": 2, "shard_bytes": 3000, "batch_bytes": 600, "commit_seconds": 0}
+    settings = {"shard_bytes": 3000, "batch_bytes": 600, "commit_seconds": 0}
     undisturbed = request(tmp_path, recipe, str(tmp_path / "tokenizer"), settings)
     program = (
         "import sys; from pathlib import Path; from tests.preparation.killing import start, was_killed\n"
-        "if __name__ == '__main__': sys.exit(was_killed(start(Path(sys.argv[1]), Path(sys.argv[1], 'out'))))"
+        "folder = Path(sys.argv[1]); sys.exit(was_killed(start(folder, folder / 'out', processes=2)))"
     )
     parent = psutil.Popen([sys.executable, "-c", program, str(tmp_path)], cwd=ROOT)
     committed = tmp_path / ".out.partial/data/train/lines/shard_00001.idx"
