@@ -12,6 +12,7 @@ from mmrec_train.data.manifest import ShardInfo, Split
 from mmrec_train.errors import UserError
 from mmrec_train.preparation.shards import OpenShard, SplitWriter
 from mmrec_train.preparation.sources import Position, Stock
+from mmrec_train.preparation.stored_list import StoredList
 
 _CACHE_KIBIBYTES = 256 << 10  # of the table of hashes; what is beyond it is read from the disk
 _SCHEMA = """
@@ -54,8 +55,9 @@ class Journal:
         self._database.commit()
 
     def stock(self, source: str) -> Stock | None:
-        rows = self._database.execute("SELECT value FROM stock WHERE source = ? ORDER BY number", (source,)).fetchall()
-        return [json.loads(value) for (value,) in rows] or None
+        """What `set_stock` stored, None where that was nothing. It stays on the disk."""
+        rows = StoredList(self._database, "SELECT value FROM stock WHERE source = ? ORDER BY number", source)
+        return rows if len(rows) else None
 
     def set_stock(self, source: str, stock: Stock) -> None:
         rows = ((source, number, json.dumps(row)) for number, row in enumerate(stock))

@@ -6,12 +6,13 @@ import json
 import os
 import platform
 import re
+import sqlite3
 import sysconfig
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple, Protocol
 
@@ -19,10 +20,12 @@ import pyarrow as pa
 
 from mmrec_train.errors import UserError
 from mmrec_train.preparation.records import MOST_DOCUMENTS, Batch, JsonLines, TextFiles, why_not_utf8
+from mmrec_train.preparation.stored_list import StoredList
 from mmrec_train.preparation.tables import ARROW_SUFFIX, PARQUET_SUFFIX, read_arrow, read_parquet
 
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst")
 JSON_LINES_SUFFIXES = (".jsonl", ".ndjson", ".json")
+_SEPARATED_SUFFIXES = (".csv", ".tsv")
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 
 # Not the library itself: tests (some in broken encodings on purpose), installed packages, programs.
@@ -40,7 +43,7 @@ _WIDE_WINDOW = "Frame requires too much memory"  # what zstd says of more than 1
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 Position = dict[str, Any]  # JSON
-Stock = list[list[Any]]  # JSON: rows of a name and what must stay as it is
+Stock = Iterable[list[Any]]  # JSON: rows of a name and what must stay as it is; to be read more than once
 
 
 class SourceUnavailable(UserError):
@@ -107,9 +110,15 @@ def open_source(
         if pattern is None and _is_saved(path):
             return _saved(path, fields)
         return _folder(path, fields, pattern)
+    is_separated = _suffix(path)[0] in _SEPARATED_SUFFIXES
     if path.exists():
-        return FileSource([path], fields, {"kind": "files", "path": source, "files": 1})
-    if source.startswith(".") or not _HUB_NAME.fullmatch(source) or _kind(path) != "unknown":
+        if is_separated:
+            raise UserError(
+                f"--source {source}: CSV and TSV files are not read. Convert it to JSON lines or parquet, or give the "
+                "name of a data set on the Hugging Face hub that holds it."
+            )
+        return FileSource([str(path)], fields, {"kind": "files", "path": source, "files": 1})
+    if source.startswith(".") or not _HUB_NAME.fullmatch(source) or _kind(path) != "unknown" or is_separated:
         raise UserError(f"--source {source}: no such file or folder")
     from mmrec_train.preparation.hub import HubSource  # its library takes a second to import
 
@@ -121,25 +130,25 @@ def standard_library() -> "FileSource":
     root = Path(sysconfig.get_path("stdlib"))
     files = [
         file
-        for file in _walk(root, _STDLIB_SKIPPED)
+        for file in _files_below(root, _STDLIB_SKIPPED)
         # Written when Python was built: names of that machine's folders.
-        if file.suffix == ".py" and not file.name.startswith("_sysconfigdata")
+        if file.endswith(".py") and not PurePath(file).name.startswith("_sysconfigdata")
     ]
     return FileSource(files, (), {"kind": "stdlib", "python": platform.python_version(), "files": len(files)})
 
 
 def _folder(root: Path, fields: Sequence[str], pattern: str | None) -> "FileSource":
-    everything = _walk(root, set())
+    everything = _files_below(root, set())
     if pattern is not None:
         wanted_parts = PurePath(pattern).parts
         if not wanted_parts:
             raise UserError(f"--pattern {pattern} names no files; give one such as '*.py'")
-        # Below any folder, as if it began with **
-        files = [file for file in everything if _matches(file.relative_to(root).parts, ("**", *wanted_parts))]
+        anywhere = ("**", *wanted_parts)  # below any folder
+        files = stored(file for file in everything if _matches(PurePath(file).relative_to(root).parts, anywhere))
     else:
-        files = [file for file in everything if _kind(file) != "unknown"]
+        files = stored(file for file in everything if _kind(file) != "unknown")
         if any(_kind(file) != "text" for file in files):  # a hub data set's folder has a page about it
-            files = [file for file in files if file != root / "README.md"]
+            files = stored(file for file in files if file != str(root / "README.md"))
     if not files:
         known = " ".join((*TEXT_SUFFIXES, *JSON_LINES_SUFFIXES, PARQUET_SUFFIX, ARROW_SUFFIX))
         wanted = (
@@ -187,7 +196,7 @@ def _saved(root: Path, fields: Sequence[str]) -> "FileSource":
     """What `datasets.Dataset.save_to_disk` wrote: the rows in their order, which is that of its list of files."""
     listed = _read_json(root / "state.json").get("_data_files")
     try:
-        files = [root / file["filename"] for file in listed or ()]
+        files = [str(root / file["filename"]) for file in listed or ()]
     except (KeyError, TypeError):
         files = []
     if not files:
@@ -201,39 +210,76 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _walk(root: Path, skipped: set[str]) -> list[Path]:
-    """All files below `root` but hidden ones and those in the folders `skipped`, always in the same order.
+def _files_below(root: Path, skipped: set[str]) -> StoredList:
+    """The paths of `_walk`, sorted by the names that lead to a file."""
+    return stored(_walk(root, skipped), _sorting_key)
+
+
+def _sorting_key(file: str) -> bytes:
+    """Sorts as the path's parts do: no name has a zero byte, and UTF-8 keeps the order of characters."""
+    return file.replace(os.sep, "\0").encode("utf-8", "surrogatepass")
+
+
+def stored(values: Iterable[Any], key: Callable[[Any], bytes] | None = None) -> StoredList:
+    """`values`, sorted by `key` where there is one, in a temporary file that goes with the list."""
+    # Without a name: on the disk only where it is larger than SQLite's cache, 2 MB. The library that trains a tokenizer
+    # reads its texts, and so this list, in another thread.
+    database = sqlite3.connect("", check_same_thread=False)
+    database.execute("CREATE TABLE list (key PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID")
+    rows = ((key(value) if key else number, json.dumps(value)) for number, value in enumerate(values))
+    try:
+        database.executemany("INSERT INTO list VALUES (?, ?)", rows)
+    except sqlite3.OperationalError as error:
+        raise SourceUnavailable(
+            f"cannot write a temporary list of files: {error}. Make room for it, or choose another folder with the "
+            "environment variable SQLITE_TMPDIR."
+        ) from error
+    return StoredList(database, "SELECT value FROM list ORDER BY key")
+
+
+def _walk(root: Path, skipped: set[str]) -> Iterator[str]:
+    """All files below `root` but hidden ones and those in the folders `skipped`; of a folder in any order.
 
     Links are followed, to a folder once. UserError for a folder that cannot be read.
     """
+    folders, seen = [str(root)], set()
+    while folders:
+        folder = folders.pop()
+        subfolders = []
+        try:
+            status = os.stat(folder)
+            if (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if entry.name.startswith("."):
+                        continue
+                    if os.path.isdir(entry.path):
+                        if entry.name not in skipped:
+                            subfolders.append(entry.path)
+                    # a pipe would never end; a link to nothing is reported when it is read
+                    elif os.path.isfile(entry.path) or not os.path.exists(entry.path):
+                        yield str(Path(entry.path))  # without ./
+        except OSError as error:
+            raise UserError(f"cannot read the folder {folder}: {error.strerror}. Make it readable.") from error
+        folders += sorted(subfolders, reverse=True)
 
-    def refuse(error: OSError) -> None:
-        raise UserError(f"cannot read the folder {error.filename}: {error.strerror}. Make it readable.") from error
 
-    files, seen = [], set()
-    for folder, subfolders, names in os.walk(root, onerror=refuse, followlinks=True):
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in seen:
-            subfolders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        subfolders[:] = sorted(name for name in subfolders if name not in skipped and not name.startswith("."))
-        paths = (Path(folder, name) for name in names if not name.startswith("."))
-        # a pipe would never end; a link to nothing is reported when it is read
-        files += [path for path in paths if path.is_file() or not path.exists()]
-    return sorted(files, key=lambda file: file.relative_to(root).parts)
-
-
-def _kind(path: PurePath) -> str:
+def _kind(file: str | Path) -> str:
     """One of text, jsonl, parquet, arrow and unknown: by the suffix, or the one before a compression's."""
-    path = path.with_name(path.name.lower())
-    if path.suffix in COMPRESSIONS:
-        path = path.with_suffix("")
-    elif path.suffix in (PARQUET_SUFFIX, ARROW_SUFFIX):
-        return path.suffix[1:]
-    if path.suffix in JSON_LINES_SUFFIXES:
+    suffix, is_compressed = _suffix(file)
+    if suffix in (PARQUET_SUFFIX, ARROW_SUFFIX) and not is_compressed:
+        return suffix[1:]
+    if suffix in JSON_LINES_SUFFIXES:
         return "jsonl"
-    return "text" if path.suffix in TEXT_SUFFIXES else "unknown"
+    return "text" if suffix in TEXT_SUFFIXES else "unknown"
+
+
+def _suffix(file: str | Path) -> tuple[str, bool]:
+    """The suffix in lower case, and whether that of a compression follows."""
+    stem, suffix = os.path.splitext(os.fspath(file).lower())
+    return (os.path.splitext(stem)[1], True) if suffix in COMPRESSIONS else (suffix, False)
 
 
 class _Place(NamedTuple):
@@ -247,33 +293,36 @@ class _Place(NamedTuple):
 class FileSource:
     """Local files: text (one document a file), JSON lines (one a line), parquet and Arrow tables (one a row)."""
 
-    def __init__(self, files: Sequence[Path], fields: Sequence[str], provenance: dict[str, Any]) -> None:
+    def __init__(self, files: Iterable[str], fields: Sequence[str], provenance: dict[str, Any]) -> None:
         self._files = files
         self._fields = fields
         self._provenance = provenance
-        self._stock: Stock = []
+        self._stock: Stock = ()
         self.size: int | None = None
         self.has_fields = any(_kind(file) not in ("text", "unknown") for file in files)
 
     def take_stock(self, recorded: Stock | None) -> Stock:
-        self._stock = [[str(file), *_size_and_time(file)] for file in self._files]
+        self._stock = stored([file, *_size_and_time(Path(file))] for file in self._files)
         self.size = sum(size for _, size, _ in self._stock)
-        if recorded is not None and recorded != self._stock:
-            raise UserError(f"the input is no longer what was begun with: {_difference(recorded, self._stock)}.")
+        if recorded is not None and (difference := _difference(recorded, self._stock)):
+            raise UserError(f"the input is no longer what was begun with: {difference}.")
         return self._stock
 
     def provenance(self) -> dict[str, Any]:
         return self._provenance
 
     def read(self, position: Position | None, batch_bytes: int) -> Iterator[Piece]:
-        assert self._stock and self.size is not None, "take_stock comes first"
+        assert self.size is not None, "take_stock comes first"
         start = _Place(**position) if position else _Place()
-        before = sum(size for _, size, _ in self._stock[: start.file])
+        before = 0  # bytes of earlier files
         texts: list[bytes] = []
         waiting = 0  # bytes of texts
-        for number in range(start.file, len(self._files)):
-            file, size = self._files[number], self._stock[number][1]
-            self._check_unchanged(number)
+        for number, (path, size, time) in enumerate(self._stock):
+            if number < start.file:
+                before += size
+                continue
+            file = Path(path)
+            _check_unchanged(file, size, time)
             with _named(file):
                 if _kind(file) in ("text", "unknown"):
                     texts.append(_read_text(file))
@@ -285,13 +334,13 @@ class FileSource:
                     place = start if number == start.file else _Place(number)
                     for batch, after, part in self._read_file(file, place, batch_bytes):
                         yield self._piece(batch, after, before + part * size)
-            self._check_unchanged(number)
+            _check_unchanged(file, size, time)
             before += size
             if waiting >= batch_bytes or len(texts) == MOST_DOCUMENTS:
                 yield self._piece(TextFiles(texts), _Place(number + 1), before)
                 texts, waiting = [], 0
         if texts:
-            yield self._piece(TextFiles(texts), _Place(len(self._files)), before)
+            yield self._piece(TextFiles(texts), _Place(number + 1), before)
 
     def _piece(self, batch: Batch, place: _Place, read_bytes: float) -> Piece:
         assert self.size is not None
@@ -307,10 +356,10 @@ class FileSource:
             for rows, offset, part in read(file, self._fields, start.offset, batch_bytes):
                 yield rows, _Place(start.file, offset), part
 
-    def _check_unchanged(self, number: int) -> None:
-        path, *before = self._stock[number]
-        if _size_and_time(Path(path)) != before:
-            raise UserError(f"{path} was changed while it was read.")
+
+def _check_unchanged(file: Path, *size_and_time: int) -> None:
+    if _size_and_time(file) != list(size_and_time):
+        raise UserError(f"{file} was changed while it was read.")
 
 
 def _size_and_time(file: Path) -> list[int]:
@@ -319,17 +368,23 @@ def _size_and_time(file: Path) -> list[int]:
     return [status.st_size, status.st_mtime_ns]
 
 
-def _difference(before: Stock, now: Stock) -> str:
+def _difference(before: Stock, now: Stock) -> str | None:
     """The first difference between two lists of files, in words."""
-    then, later = ({path: rest for path, *rest in stock} for stock in (before, now))
-    for path in {**then, **later}:
-        if path not in later:
-            return f"{path} is not read any more"
-        if path not in then:
-            return f"{path} was not there"
-        if then[path] != later[path]:
-            return f"{path} was changed ({then[path][0]} bytes then, {later[path][0]} now)"
-    return "the files come in another order"
+    for then, later in zip_longest(before, now):
+        if then == later:
+            continue
+        if then and later and then[0] == later[0]:
+            return f"{then[0]} was changed ({then[1]} bytes then, {later[1]} now)"
+        if then and not _lists(now, then[0]):
+            return f"{then[0]} is not read any more"
+        if later and not _lists(before, later[0]):
+            return f"{later[0]} was not there"
+        return "the files come in another order"
+    return None
+
+
+def _lists(stock: Stock, path: str) -> bool:
+    return any(path == listed for listed, *_ in stock)
 
 
 @contextmanager

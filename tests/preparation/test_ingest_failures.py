@@ -21,6 +21,7 @@ from mmrec_train.preparation.partial import Partial
 from mmrec_train.preparation.recipe import Recipe
 from mmrec_train.preparation.records import Extraction, JsonLines, Template
 from mmrec_train.preparation.shards import SplitWriter
+from mmrec_train.preparation.sources import SourceUnavailable, stored
 from mmrec_train.preparation.workers import Encoded, Treatment, Vocabulary, Workers
 from tests.preparation.texts import TEXTS, contents, recipe_of, write_lines
 
@@ -135,6 +136,12 @@ def test_a_journal_that_cannot_be_written(case: Case, file_size_limit: Callable[
     file_size_limit(resource.getrlimit(resource.RLIMIT_FSIZE)[1])
     case.prepare()
     assert contents(case.out) == case.undisturbed
+
+
+def test_a_list_of_files_that_cannot_be_written(file_size_limit: Callable[[int], None]) -> None:
+    file_size_limit(100_000)
+    with pytest.raises(SourceUnavailable, match=r"temporary list of files: .*(error|full)\. .* SQLITE_TMPDIR\.$"):
+        stored(range(300_000))
 
 
 def test_a_damaged_journal(case: Case) -> None:

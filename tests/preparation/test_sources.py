@@ -3,6 +3,7 @@ import codecs
 import gzip
 import json
 import os
+import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmrec_train.errors import UserError
+from mmrec_train.preparation.journal import open_journal
 from mmrec_train.preparation.recipe import SourceChoice
 from mmrec_train.preparation.records import Document, Extraction, JsonLines, Rows, Template, decode_utf8
 from mmrec_train.preparation.sources import Piece, Position, SourceUnavailable, open_source, standard_library
@@ -102,6 +104,45 @@ def test_folder_is_read_in_a_fixed_order_and_unknown_files_are_counted(tmp_path:
     assert texts(tmp_path) == texts(tmp_path) == ["a/z.md", "a-b/c.txt", "a.jsonl", "b.txt"]
     provenance = open_source(str(tmp_path), fields=["text"]).provenance()
     assert (provenance["files"], provenance["files_skipped"]) == (4, 1)
+
+
+def test_files_are_sorted_by_the_names_that_lead_to_them(tmp_path: Path) -> None:
+    broken = os.fsdecode(b"\xff.txt")  # not UTF-8: half a surrogate pair in Python
+    names = ["a/b.txt", "a-b/c.txt", "a.txt", "a/b/c.txt", "a/b-c.txt", "\ufffd.txt", "\U00010000.txt", broken, "é.txt"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    stock = open_source(str(tmp_path), fields=()).take_stock(None)
+    found = [str(Path(path).relative_to(tmp_path)) for path, *_ in stock]
+    assert found == sorted(names, key=lambda name: Path(name).parts)
+
+
+def test_memory_does_not_grow_with_the_number_of_files(tmp_path: Path) -> None:
+    """As Python counts it: SQLite has caches of a fixed size."""
+    folder, journal_file = tmp_path / "many", tmp_path / "journal.sqlite"
+    folder.mkdir()
+    extraction = Extraction(Template.of_field("text"))
+
+    def peak(count: int) -> int:
+        journal_file.unlink(missing_ok=True)
+        tracemalloc.start()
+        try:
+            with open_journal(journal_file) as journal:
+                journal.set_stock("main", open_source(str(folder), fields=()).take_stock(None))
+                source = open_source(str(folder), fields=())
+                source.take_stock(journal.stock("main"))
+                assert sum(len(list(piece.batch.documents(extraction))) for piece in source.read(None, 100)) == count
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    def least_peak(count: int) -> int:
+        for number in range(count):
+            (folder / f"document-{number:06d}.txt").write_bytes(b"a")
+        return min(peak(count) for _ in range(2))  # once in a while Python's own table of names is made anew
+
+    few, many = least_peak(500), least_peak(2500)
+    assert (many - few) / 2000 < 30  # bytes per file
 
 
 def test_pattern_chooses_files_and_reads_unknown_ones_as_text(tmp_path: Path) -> None:
@@ -263,6 +304,16 @@ def test_sources_that_are_not_there(tmp_path: Path) -> None:
         open_source(str(tmp_path), fields=["text"], pattern="*.py")
 
 
+@pytest.mark.parametrize("name", ["a.csv", "a.TSV", "a.csv.gz"])
+def test_tables_of_separated_values_are_refused(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    with pytest.raises(UserError, match="no such file or folder"):
+        open_source(str(path), fields=["text"])
+    path.write_text("title,text\n")
+    with pytest.raises(UserError, match=rf"--source .*{name}: CSV .* not read\. Convert it to JSON lines or parquet"):
+        open_source(str(path), fields=["text"])
+
+
 def test_choices_that_do_not_apply_are_refused(tmp_path: Path) -> None:
     for choice in ({"name": "en"}, {"split": "test"}):
         with pytest.raises(UserError, match="--name and --split choose a part of a hub data set"):
@@ -314,13 +365,14 @@ def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
             texts(source, **choice)
 
 
-def test_the_page_about_a_data_set_is_no_document(tmp_path: Path) -> None:
+def test_the_page_about_a_data_set_is_no_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "README.md").write_text("# About")
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes/README.md").write_text("a note")
     assert texts(tmp_path) == ["# About", "a note"]
     pq.write_table(pa.table({"text": ["a row"]}), tmp_path / "train.parquet")
-    assert texts(tmp_path) == ["a note", "a row"]
+    monkeypatch.chdir(tmp_path)
+    assert texts(tmp_path) == texts(".") == ["a note", "a row"]
 
 
 def every_form(folder: Path, many: int) -> dict[str, tuple[Path, Any]]:
@@ -452,8 +504,8 @@ def test_a_file_that_changes_is_an_error(tmp_path: Path) -> None:
     path, other = tmp_path / "a.jsonl", tmp_path / "b.txt"
     path.write_text('{"text": "a"}\n' * 1000)
     source = open_source(str(path), fields=["text"])
-    recorded = json.loads(json.dumps(source.take_stock(None)))
-    assert open_source(str(path), fields=["text"]).take_stock(recorded) == recorded
+    recorded = json.loads(json.dumps(list(source.take_stock(None))))
+    assert list(open_source(str(path), fields=["text"]).take_stock(recorded)) == recorded
     reading = source.read(None, 100)
     next(reading)
     with path.open("a") as file:
