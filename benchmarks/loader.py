@@ -1,6 +1,6 @@
 """How many tokens a second one loader process gives from local shards, on one core.
 
-    python benchmarks/loader.py                 # a minute; writes 400 MB below the temporary folder
+    python benchmarks/loader.py                 # two minutes; writes 400 MB below the temporary folder
     python benchmarks/loader.py --seconds 10 --lanes 512
 
 Documents have exponentially distributed lengths. Every step reads all lanes (one rank, the hardest case) from shards in
@@ -90,7 +90,7 @@ def main() -> None:
     )
     for column in ("mean document", "sources", "order", "read", "follow"):
         table.add_column(column, justify="right")
-    for mean_length in (200, 1000, 5000):
+    for mean_length in (50, 100, 200, 1000, 5000):
         for sources in (1, 4):
             with tempfile.TemporaryDirectory() as folder:
                 dataset = write(Path(folder), mean_length, sources)
