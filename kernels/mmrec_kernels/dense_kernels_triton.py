@@ -124,6 +124,7 @@ def _step_tile(
         tl.atomic_max(size + b, most.to(tl.int32, bitcast=True), sem="relaxed")
 
 
+# change and size are rows of one tensor: whether they are aligned depends on the batch, and nothing depends on that
 @triton.jit(do_not_specialize=["batch", "length", "shift"], do_not_specialize_on_alignment=["change", "size"])
 def step_kernel(
     gamma, source, product, old_product, largest, largest_weight, factor, largest_factor, reset, initial, operand,

@@ -24,6 +24,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from mmrec_train.preparation import ingest, shards
 from mmrec_train.preparation.ingest import Settings, prepare
@@ -125,7 +126,7 @@ def _die_after_commit(number: int, seconds: float) -> None:
         if next(numbers) == number:
             threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
 
-    Journal.commit = counted  # type: ignore[method-assign, assignment]
+    mock.patch.object(Journal, "commit", counted).start()  # until the child is killed
 
 
 def _die_before_step(number: int) -> None:
