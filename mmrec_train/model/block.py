@@ -110,10 +110,12 @@ class Mixer(nn.Module):
         solution = self.recurrence(z, self.decay(z, k), state.h, plan.reset)
         normed_h = self.state_norm(solution.h.to(y.dtype))
         state_q, state_k, state_v = self.state_proj(normed_h).chunk(3, dim=-1)
+        # not of the state that memory makes: torch 2.11 cannot trace _replace of a tuple made in the graph
+        state = state._replace(h=solution.final_state)
         read, state = self.memory(q + state_q, k + state_k, v + state_v, normed_h, state, plan)
         mixed = solution.h + read + self.value_gain * v
         report = SolverReport(solution.iterations, solution.residual)
-        return self.out_proj(mixed.to(y.dtype)), state._replace(h=solution.final_state), report
+        return self.out_proj(mixed.to(y.dtype)), state, report
 
 
 class SwiGLU(nn.Module):

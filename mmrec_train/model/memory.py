@@ -185,7 +185,7 @@ class SlotMemory(nn.Module):
             normed_h: RMSNorm(h) [B, T, D], which the pooling scores are computed from.
 
         Returns:
-            m [B, T, D]; the state after the chunk, its h still that of before.
+            m [B, T, D]; the state after the chunk, its h as it was given.
         """
         config = self.config
         new_k, new_v, segment = self._pool(k, v, F.linear(normed_h, self.pool_score), state, plan)
