@@ -152,7 +152,7 @@ def _check_memory(case: Case) -> None:
 
 def draw(measured: list[Curve], path: Path, title: str) -> None:
     """Time per token over T, one line a curve, both axes logarithmic."""
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
     operations = list(dict.fromkeys(curve.name.split(",")[0] for curve in measured))
     for curve in measured:
         figures, color = curve.per_token(), f"C{operations.index(curve.name.split(',')[0])}"
@@ -162,7 +162,7 @@ def draw(measured: list[Curve], path: Path, title: str) -> None:
     axes.set_xticks(LENGTHS, [f"{n // 1024}K" if n < 2**20 else "1M" for n in LENGTHS])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small", ncols=2)
+    figure.legend(fontsize="small", ncols=4, loc="outside lower center")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)
