@@ -94,15 +94,19 @@ def _step_tile(
         f = tl.load(factor + offset, inside, other=0.0).to(tl.float32)
     u = before * f
     if largest is not None:
+        largest_input = tl.load(largest + b)
         if largest_factor is not None:
             scale *= 1.0 / power_of_two(tl.load(largest_factor + b), HEADROOM)
+            largest_input = tl.maximum(largest_input, tl.load(largest_factor + b))
+        # a row with Inf or NaN among its inputs keeps them, and has a residual of NaN, which ends its iteration
+        broken = largest_input >= INFINITY_BITS
+        limit = tl.where(broken, float("inf"), _largest_number(operand.dtype.element_ty))
         u *= scale
         # what fp16 cannot hold must not pass for converged
-        if tl.max(tl.max(tl.where(inside, tl.abs(u), 0.0), 0)) > 65504.0:
+        if broken | (tl.max(tl.max(tl.where(inside, tl.abs(u), 0.0), 0)) > 65504.0):
             tl.atomic_max(change + b, INFINITY_BITS, sem="relaxed")
         if subtracted is not None:
             u -= tl.load(subtracted + offset, inside, other=0.0).to(tl.float32)
-        limit: tl.constexpr = _largest_number(operand.dtype.element_ty)
         u = tl.clamp(u, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
     tl.store(operand + offset, u.to(operand.dtype.element_ty), inside)
     if MEASURED:
@@ -121,6 +125,8 @@ def _step_tile(
         most = tl.max(tl.max(tl.where(inside, movement, 0.0), 0))
         tl.atomic_max(change + b, most.to(tl.int32, bitcast=True), sem="relaxed")
         most = tl.max(tl.max(tl.where(inside, state, 0.0), 0))
+        if largest is not None:
+            most = tl.where(broken, float("inf"), most)
         tl.atomic_max(size + b, most.to(tl.int32, bitcast=True), sem="relaxed")
 
 

@@ -268,9 +268,9 @@ def backward(
     with on_device(z.device):
         logits, largest = _logits(h, initial, weight, reset)
         # with more bits than W: each of its rounding errors is in the adjoints of all tokens before
-        half = weight.dtype == torch.bfloat16
-        slope = torch.empty(z.shape, dtype=torch.float16 if half else torch.float32, device=z.device)
-        largest_z = largest_of(z) if half else None
+        dtype = torch.float16 if weight.dtype == torch.bfloat16 else torch.float32
+        slope = torch.empty(z.shape, dtype=dtype, device=z.device)
+        largest_z = None if weight.dtype == torch.float32 else largest_of(z)
         slope_kernel[(cdiv(z.numel(), 2048),)](
             z, logits, largest, slope, largest_z, z.numel(), z.shape[1] * z.shape[2], BLOCK=2048
         )

@@ -317,9 +317,10 @@ def test_no_sequence_at_all(backend, device, length, width, heads):
 
 
 @every_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_nan_and_inf_stay_in_their_row_and_end_the_iteration(backend, device, length, width, heads, poison):
-    inputs = cast(problem(2, length, width, heads, seed=10)[:4], device, torch.float32)
+def test_nan_and_inf_stay_in_their_row_and_end_the_iteration(backend, device, length, width, heads, poison, dtype):
+    inputs = cast(problem(2, length, width, heads, seed=10)[:4], device, dtype)
     inputs[0][1] = 0.0  # so that this row is not what the number of iterations depends on
     clean = run(gated_recurrence, inputs, None)
     inputs[0][1, length // 2, 3] = poison
