@@ -4,7 +4,6 @@ import gzip
 import json
 import os
 import tracemalloc
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,49 +11,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from hypothesis import given
-from hypothesis import strategies as st
 
 from mmrec_train.errors import UserError
 from mmrec_train.preparation.journal import open_journal
 from mmrec_train.preparation.recipe import SourceChoice
-from mmrec_train.preparation.records import Document, Extraction, JsonLines, Rows, Template, decode_utf8
-from mmrec_train.preparation.sources import Piece, Position, SourceUnavailable, open_source, standard_library
+from mmrec_train.preparation.records import Document, Extraction, Template
+from mmrec_train.preparation.sources import SourceUnavailable, open_source, standard_library
+from tests.preparation.reading import batch_size, documents, pieces, read, texts
 
 TEXTS = ["first\nline", "zweite Zeile: äöü", "", "third 𝛾", "fourth " * 500]
 # One stray byte; an overlong form, which counts a byte at a time; a U+FFFD that was in the text all along.
 INVALID, REPAIRED, REPLACED = b"a\xffb\xc0\x80c\xef\xbf\xbd", "a\ufffdb\ufffd\ufffdc\ufffd", 3
-
-
-def pieces(
-    source: Path | str,
-    extraction: Extraction,
-    position: Position | None = None,
-    batch_bytes: int = 1 << 20,
-    **choice: str,
-) -> list[Piece]:
-    opened = open_source(str(source), fields=extraction.fields, **choice)
-    opened.take_stock(None)
-    return list(opened.read(position, batch_bytes))
-
-
-def batch_size(piece: Piece) -> int:
-    """Bytes of a batch of lines or rows."""
-    assert isinstance(piece.batch, JsonLines | Rows)
-    return len(piece.batch.data)
-
-
-def documents(found: Sequence[Piece], extraction: Extraction) -> list[Document]:
-    return [document for piece in found for document in piece.batch.documents(extraction)]
-
-
-def read(source: Path | str, text_field: str = "text", **choice: Any) -> list[Document]:
-    extraction = Extraction(Template.of_field(text_field))
-    return documents(pieces(source, extraction, **choice), extraction)
-
-
-def texts(source: Path | str, **choice: Any) -> list[str]:
-    return [document.text for document in read(source, **choice)]
 
 
 def json_lines(field: str = "text") -> bytes:
@@ -86,14 +53,6 @@ def test_compressed_text(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"file.txt{suffix}"
     path.write_bytes(compress(TEXTS[4].encode(), suffix))
     assert texts(path) == [TEXTS[4]]
-
-
-@pytest.mark.parametrize("kind", [pa.string(), pa.large_string()])
-def test_parquet(tmp_path: Path, kind: pa.DataType) -> None:
-    path = tmp_path / "file.parquet"
-    table = pa.table({"id": list(range(2500)), "body": pa.array([f"row {i}" for i in range(2500)], kind)})
-    pq.write_table(table, path, row_group_size=700)
-    assert texts(path, text_field="body") == [f"row {i}" for i in range(2500)]
 
 
 def test_folder_is_read_in_a_fixed_order_and_unknown_files_are_counted(tmp_path: Path) -> None:
@@ -167,23 +126,6 @@ def test_standard_library_is_real_text_without_tests() -> None:
     assert sum(document.replaced for document in found) == 0
 
 
-@given(st.binary(max_size=40))
-def test_decoding_counts_exactly_what_it_replaces(data: bytes) -> None:
-    document = decode_utf8(data)
-    whole = data.removeprefix(b"\xef\xbb\xbf")
-    if document.replaced == 0:
-        assert document.text.encode() == whole
-    else:
-        with pytest.raises(UnicodeDecodeError):
-            whole.decode()
-    assert document.text.count("\ufffd") == document.replaced + whole.count("\ufffd".encode())
-
-
-@given(st.text())
-def test_decoding_leaves_valid_text_alone(text: str) -> None:
-    assert decode_utf8(text.encode()) == Document(text.removeprefix("\ufeff"), 0)
-
-
 def test_invalid_utf8_is_replaced_and_counted_in_every_form(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(INVALID)
     (tmp_path / "b.jsonl").write_bytes(b'{"text": "' + INVALID + b'"}')
@@ -191,59 +133,6 @@ def test_invalid_utf8_is_replaced_and_counted_in_every_form(tmp_path: Path) -> N
     invalid_strings = pa.StringArray.from_buffers(1, column.buffers()[1], column.buffers()[2])
     pq.write_table(pa.table({"text": invalid_strings}), tmp_path / "c.parquet")
     assert read(tmp_path) == [Document(REPAIRED, REPLACED)] * 3
-
-
-def test_half_a_surrogate_pair_in_json_is_replaced(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_text(r'{"text": "x\ud800y \ud83d\ude00"}')
-    assert read(path) == [Document("x\ufffdy 😀", 1)]
-
-
-def test_null_text_is_empty(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text('{"text": null}\n')
-    pq.write_table(pa.table({"text": pa.array([None, "x"], pa.string())}), tmp_path / "b.parquet")
-    pq.write_table(pa.table({"text": pa.array([None], pa.null())}), tmp_path / "c.parquet")
-    assert texts(tmp_path) == ["", "", "x", ""]
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ('{"text": "a"}\n{"text": ', r"line 2: not JSON \(Expecting value\)"),
-        ('["text"]', "line 1: not a JSON object"),
-        ('{"body": "a", "id": 1}', "line 1: no field text; there are body, id. Choose one with --text-field"),
-        ('{"text": 3}', "line 1: field text is not text but int"),
-        ("[" * 100_000, "line 1: not JSON"),
-    ],
-)
-def test_bad_json_lines_are_named(tmp_path: Path, content: str, message: str) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_text(content)
-    with pytest.raises(UserError, match=rf"a\.jsonl, {message}.*\.$"):
-        read(path)
-
-
-def test_json_over_several_lines_is_named_with_the_remedy(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("a")
-    (tmp_path / "b.json").write_text(json.dumps({"text": "a"}, indent=2))
-    expected = (
-        r"b\.json, line 1: not JSON \(Expecting property name enclosed in double quotes\); "
-        r"one object a line is expected\. Mend or remove it; in a folder, --pattern chooses the files to read\.$"
-    )
-    with pytest.raises(UserError, match=expected):
-        texts(tmp_path)
-
-
-def test_bad_parquet_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "a.parquet"
-    pq.write_table(pa.table({"text": [1, 2]}), path)
-    with pytest.raises(UserError, match=r"a\.parquet: column text holds int64, not text"):
-        read(path)
-    with pytest.raises(UserError, match=r"a\.parquet: no field body; there are text\."):
-        read(path, text_field="body")
-    path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(UserError, match=r"cannot read .*a\.parquet"):
-        read(path)
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
@@ -440,66 +329,6 @@ def test_batches_are_of_no_more_documents_than_can_be_treated_at_once(tmp_path: 
         assert [(piece.batch, piece.position) for piece in rest] == [(p.batch, p.position) for p in found[1:]]
 
 
-def test_only_the_columns_that_are_needed_are_passed_on(tmp_path: Path) -> None:
-    path = tmp_path / "a.parquet"
-    pq.write_table(pa.table({"text": ["a"], "image": [b"x" * 100_000], "meta": [{"lang": "en", "y": 1}]}), path)
-    extraction = Extraction(Template.of_field("text"), "meta.lang")
-    [piece] = pieces(path, extraction)
-    assert batch_size(piece) < 2000
-    assert documents([piece], extraction) == [Document("a", 0, "en")]
-
-
-def test_folders_that_datasets_saved(tmp_path: Path) -> None:
-    import datasets
-
-    rows = [f"row {number}" for number in range(25)]
-    whole = datasets.Dataset.from_dict({"text": rows, "n": list(range(25))})
-    whole.save_to_disk(tmp_path / "one", num_shards=3)
-    assert texts(tmp_path / "one") == rows
-    splits = datasets.DatasetDict({"train": whole, "test": datasets.Dataset.from_dict({"text": ["held out"]})})
-    splits.save_to_disk(tmp_path / "several")
-    assert texts(tmp_path / "several") == rows
-    assert texts(tmp_path / "several", split="test") == ["held out"]
-    with pytest.raises(UserError, match=r"several has no split dev; there are train, test"):
-        texts(tmp_path / "several", split="dev")
-
-
-def test_any_other_state_is_a_file_among_texts(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("a")
-    (tmp_path / "state.json").write_text('{"text": "a state"}')
-    assert texts(tmp_path) == ["a", "a state"]
-
-
-def test_a_dictionary_column_is_text(tmp_path: Path) -> None:
-    column = pa.array(["a", "b", None, "a"]).dictionary_encode()
-    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
-    assert texts(tmp_path) == ["a", "b", "", "a"]
-
-
-def test_templates() -> None:
-    template = Template.parse("{{{a.b}}} {c}{d}!")
-    assert template.literals == ("{", "} ", "", "!")
-    assert template.fields == ("a.b", "c", "d")
-    values = ["x", 3, None]
-    assert Extraction(template).document(values, "here").text == "{x} 3!"
-    assert Extraction(template).document(["x", True, 1.5], "here").text == "{x} true1.5!"
-    with pytest.raises(UserError, match="here: field c is not text but list"):
-        Extraction(template).document(["x", [1], None], "here")
-
-
-@pytest.mark.parametrize("template", ["no field", "{}", "{a!r}", "{a:>5}", "{a[0]}", "{a", "a}"])
-def test_templates_that_are_none(template: str) -> None:
-    with pytest.raises(ValueError, match=r"field|brace|'}'|'{'"):
-        Template.parse(template)
-
-
-def test_a_field_with_a_dot_in_its_name(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text('{"a.b": "dotted", "a": {"b": "inner"}}\n{"a": {"b": "inner"}}\n{"a": null}')
-    assert texts(tmp_path, text_field="a.b") == ["dotted", "inner", ""]
-    with pytest.raises(UserError, match=r"line 1: no field a\.c; there are a\.b, a\."):
-        texts(tmp_path, text_field="a.c")
-
-
 def test_a_file_that_changes_is_an_error(tmp_path: Path) -> None:
     path, other = tmp_path / "a.jsonl", tmp_path / "b.txt"
     path.write_text('{"text": "a"}\n' * 1000)
@@ -585,68 +414,6 @@ def test_suffixes_in_capitals_and_what_is_no_file(tmp_path: Path) -> None:
     assert texts(tmp_path) == ["one", "two", "three"]
 
 
-def test_two_columns_of_one_name(tmp_path: Path) -> None:
-    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
-    with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
-        writer.write_table(table)
-    with pytest.raises(UserError, match=r"a\.arrow: 2 columns are named text"):
-        texts(tmp_path / "a.arrow")
-
-
-def write_table(table: pa.Table, path: Path) -> None:
-    if path.suffix == ".parquet":
-        pq.write_table(table, path)
-    else:
-        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
-            writer.write_table(table)
-
-
-@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
-def test_a_dictionary_is_not_sent_with_every_batch(tmp_path: Path, suffix: str) -> None:
-    words = [f"{number} " * 100 for number in range(500)]
-    table = pa.table({"text": pa.array(words).dictionary_encode()})
-    path = tmp_path / f"a.{suffix}"
-    write_table(table, path)
-    extraction = Extraction(Template.of_field("text"))
-    found = pieces(path, extraction, batch_bytes=20_000)
-    assert [document.text for document in documents(found, extraction)] == words
-    assert sum(batch_size(piece) for piece in found) < 1.5 * sum(map(len, words))
-
-
-@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
-def test_nor_is_one_inside_of_records(tmp_path: Path, suffix: str) -> None:
-    words = [f"{number} " * 100 for number in range(500)]
-    entries = pa.array(words).dictionary_encode()
-    ends = list(range(501))
-    inner = {
-        "t": entries,
-        "list": pa.ListArray.from_arrays(ends, entries),
-        "large": pa.LargeListArray.from_arrays(ends, entries),
-        "pair": pa.FixedSizeListArray.from_arrays(entries, 1),
-        "deep": pa.StructArray.from_arrays([entries], names=["t"]),
-    }
-    table = pa.table({"m": pa.StructArray.from_arrays(list(inner.values()), names=list(inner))})
-    path = tmp_path / f"a.{suffix}"
-    write_table(table, path)
-    for field in ("m.t", "m.deep.t"):
-        extraction = Extraction(Template.of_field(field))
-        found = pieces(path, extraction, batch_bytes=100_000)
-        assert [document.text for document in documents(found, extraction)] == words
-        assert sum(batch_size(piece) for piece in found) < 1.5 * len(inner) * sum(map(len, words))
-
-
-def test_views_of_text_are_cut_too(tmp_path: Path) -> None:
-    words = [f"{number} " * 100 for number in range(500)]
-    for kind in (pa.string_view(), pa.binary_view()):
-        table = pa.table({"text": pa.array(words, kind)})
-        with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
-            writer.write_table(table)
-        extraction = Extraction(Template.of_field("text"))
-        found = pieces(tmp_path, extraction, batch_bytes=20_000)
-        assert [document.text for document in documents(found, extraction)] == words
-        assert sum(batch_size(piece) for piece in found) < 1.5 * sum(map(len, words))
-
-
 def test_what_the_system_refuses_may_be_mended(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("a")
@@ -654,25 +421,3 @@ def test_what_the_system_refuses_may_be_mended(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(SourceUnavailable, match=r"cannot read .*a\.txt: No such file or directory\.$"):
         source.take_stock(None)
-
-
-def test_a_date_that_python_has_none_for(tmp_path: Path) -> None:
-    table = pa.table({"text": ["a"], "date": pa.array([2**60], pa.timestamp("us"))})
-    pq.write_table(table, tmp_path / "a.parquet")
-    extraction = Extraction(Template.parse("{text} {date}"))
-    with pytest.raises(UserError, match=r"a\.parquet: column date \(timestamp\[us\]\): .*Leave it out\.$"):
-        documents(pieces(tmp_path / "a.parquet", extraction), extraction)
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("state.json", {"_data_files": [{}]}, "its state.json lists no files"),
-        ("state.json", {"_data_files": None}, "its state.json lists no files"),
-        ("dataset_dict.json", {"splits": 3}, "has no split train; there are none"),
-    ],
-)
-def test_a_saved_data_set_with_damaged_lists(tmp_path: Path, name: str, content: dict[str, Any], message: str) -> None:
-    (tmp_path / name).write_text(json.dumps(content))
-    with pytest.raises(UserError, match=message):
-        texts(tmp_path)
