@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from mmrec_kernels.attention_forward_triton import SIZES, rotate, window_blocks, window_rule
+from mmrec_kernels.attention_forward_triton import SIZES, load_intervals, rotate, window_blocks, window_rule
 from mmrec_kernels.triton_rows import LN_2, NEVER, head_base, load_norm, load_rows, row_pointers, store_rows
 
 
@@ -80,9 +80,7 @@ def query_kernel(
             scores = tl.dot(q_tile, tl.trans(k), input_precision=PRECISION)
             grad_scores = _score_gradients(scores, norm, sums, grad, v, scale, PRECISION).to(k.dtype)
             grad_tile = tl.dot(grad_scores, k, grad_tile, input_precision=PRECISION)
-        ruled = b.to(tl.int64) * length + tl.minimum(rows, length - 1)
-        start = tl.load(rule.start + ruled)
-        stop = tl.load(rule.stop + ruled)
+        start, stop = load_intervals(rule, b, rows, length)
         for i in range(tl.load(rule.counts + line * 2 + 1)):
             first = tl.load(lists + columns - 1 - i) * K
             k = load_rows(k_base, slots_k.row, first, slots, K, D)
@@ -158,9 +156,7 @@ def _slot_gradients(
         rows = row + tl.arange(0, Q)
         q_tile = load_rows(q_base, q.row, row, length, Q, D)
         norm = load_norm(lse + at, rows, length)
-        ruled = b.to(tl.int64) * length + tl.minimum(rows, length - 1)
-        start = tl.load(rule.start + ruled)
-        stop = tl.load(rule.stop + ruled)
+        start, stop = load_intervals(rule, b, rows, length)
         seen = (stamp[:, None] >= start[None, :]) & (stamp[:, None] < stop[None, :])
         scores = tl.where(seen, tl.dot(k, tl.trans(q_tile), input_precision=PRECISION), float("-inf"))
         grad = load_rows(grad_base, grad_out.row, row, length, Q, D)

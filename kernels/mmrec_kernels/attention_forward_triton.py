@@ -12,7 +12,7 @@ SIZES = ["length", "slots", "tokens", "window", "columns", "slot_programs", "spl
 
 
 class Rule(NamedTuple):
-    """Which slots are seen: stamps [B, K], intervals [B, T], and lists of blocks made by `_schedule`."""
+    """Which slots are seen: stamps [B, K], intervals [B, T], and lists of blocks (`attention_prepare_triton`)."""
 
     stamp: Any
     start: Any
@@ -41,63 +41,6 @@ def rotate(x, table, position, positions, sign, N: tl.constexpr, D: tl.constexpr
 
 
 @triton.jit
-def rotate_kernel(x, turned, table, heads, tokens, N: tl.constexpr, HALF: tl.constexpr):
-    """Turns token i of x [B, H, n, d] to position i, for all heads, which share their angles."""
-    first = tl.program_id(0) * N
-    b = tl.program_id(1)
-    inside = (first + tl.arange(0, N) < tokens)[:, None]
-    angle = row_pointers(0, HALF, first, N, HALF)
-    cos = tl.load(table.cos + angle, mask=inside)
-    sin = tl.load(table.sin + angle, mask=inside)
-    for h in range(heads):
-        source = row_pointers(head_base(x, b, h, 1, HALF), x.row, first, N, HALF)
-        target = row_pointers(head_base(turned, b, h, 1, HALF), turned.row, first, N, HALF)
-        low = tl.load(source, mask=inside).to(tl.float32)
-        high = tl.load(source + HALF, mask=inside).to(tl.float32)
-        tl.store(target, (low * cos - high * sin).to(turned.data.dtype.element_ty), mask=inside)
-        tl.store(target + HALF, (high * cos + low * sin).to(turned.data.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def schedule_kernel(
-    rule, length, slots, columns, Q: tl.constexpr, K: tl.constexpr, N: tl.constexpr, BY_KEYS: tl.constexpr
-):
-    """For a block of queries, lists the blocks of keys; BY_KEYS: for a block of keys, the blocks of queries.
-
-    A list begins with the blocks in which every query sees every key, and ends, backwards, with those in which some
-    query may see some key. Blocks that nobody sees are in neither. `counts` has the two lengths.
-    """
-    row = tl.program_id(0)
-    b = tl.program_id(1)
-    line = b.to(tl.int64) * tl.num_programs(0) + row
-    lists = rule.lists + line * columns
-    whole_count = 0
-    partial_count = 0
-    for first in range(0, columns, N):
-        column = first + tl.arange(0, N)
-        own = tl.full([1], row, tl.int32)
-        key = (own if BY_KEYS else column) * K
-        query = (column if BY_KEYS else own) * Q
-        stamp_at = tl.minimum(key[:, None] + tl.arange(0, K)[None, :], slots - 1)
-        query_at = tl.minimum(query[:, None] + tl.arange(0, Q)[None, :], length - 1)
-        stamp = tl.load(rule.stamp + b.to(tl.int64) * slots + stamp_at)
-        start = tl.load(rule.start + b.to(tl.int64) * length + query_at)
-        stop = tl.load(rule.stop + b.to(tl.int64) * length + query_at)
-        oldest = tl.min(stamp, 1)
-        newest = tl.max(stamp, 1)
-        seen = (newest >= tl.min(start, 1)) & (oldest < tl.max(stop, 1)) & (column < columns)
-        whole = seen & (oldest >= tl.max(start, 1)) & (newest < tl.min(stop, 1))
-        whole = (whole & (key + K <= slots) & (query + Q <= length)).to(tl.int32)
-        partial = seen.to(tl.int32) - whole
-        tl.store(lists + whole_count + tl.cumsum(whole) - 1, column, mask=whole != 0)
-        tl.store(lists + columns - partial_count - tl.cumsum(partial), column, mask=partial != 0)
-        whole_count += tl.sum(whole)
-        partial_count += tl.sum(partial)
-    tl.store(rule.counts + line * 2, whole_count)
-    tl.store(rule.counts + line * 2 + 1, partial_count)
-
-
-@triton.jit
 def window_blocks(first_seen, own, tokens, K: tl.constexpr):
     """Which blocks of keys a block of queries sees in the window, where query i sees keys first_seen_i … own_i.
 
@@ -119,6 +62,13 @@ def window_rule(window_start, b, rows, length, tokens, window):
     own = tokens - length + rows
     start = tl.load(window_start + b.to(tl.int64) * length + rows)
     return tl.maximum(tl.minimum(start, tokens).to(tl.int32), tl.maximum(own - window + 1, 0)), own
+
+
+@triton.jit
+def load_intervals(rule, b, rows, length):
+    """The stamps that queries see, from start to before stop; rows from length on repeat the last."""
+    at = b.to(tl.int64) * length + tl.minimum(rows, length - 1)
+    return tl.load(rule.start + at), tl.load(rule.stop + at)
 
 
 @triton.jit
@@ -170,9 +120,7 @@ def forward_kernel(
             scores = tl.dot(q_tile, tl.trans(k), input_precision=PRECISION)
             v = tl.load(row_pointers(v_base, slots_v.row, first, K, D))
             mean, top, total = _absorb(mean, top, total, scores, v, scale, PRECISION)
-        at = b.to(tl.int64) * length + tl.minimum(rows, length - 1)
-        start = tl.load(rule.start + at)
-        stop = tl.load(rule.stop + at)
+        start, stop = load_intervals(rule, b, rows, length)
         for i in range(tl.load(rule.counts + line * 2 + 1)):
             first = tl.load(lists + columns - 1 - i) * K
             k = load_rows(k_base, slots_k.row, first, slots, K, D)

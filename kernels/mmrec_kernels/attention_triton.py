@@ -3,12 +3,12 @@
 Forward: a program takes a block of queries of one head and walks over the keys that any of them may see, block by
 block, with an online softmax: the null slot first, then the slots, then the window, all in one running maximum, sum
 and weighted mean of values. Only blocks that some query does not see whole are masked; which those are is worked out
-beforehand by a small kernel from the smallest and largest stamps of each block, because the ring is in no order.
+beforehand from the smallest and largest stamps of each block, because the ring is in no order.
 
 Backward: scores are computed again. One kernel walks over keys for each block of queries and writes ∂q; another walks
 over queries for each block of keys and writes ∂k and ∂v. Every sum has one program and a fixed order.
 
-Rotary positions: a kernel turns the keys of the window once, into a copy; queries are turned where they are read.
+Rotary positions: the keys of the window are turned once, into a copy; queries are turned where they are read.
 """
 
 from typing import NamedTuple
@@ -18,17 +18,16 @@ from torch import Tensor
 
 from mmrec_kernels import attention_pages_triton
 from mmrec_kernels.attention_backward_triton import key_kernel, query_kernel
-from mmrec_kernels.attention_forward_triton import Rule, Table, forward_kernel, rotate_kernel, schedule_kernel
+from mmrec_kernels.attention_forward_triton import Rule, Table, forward_kernel
+from mmrec_kernels.attention_prepare_triton import LISTED, TURNED, TURNED_HEADS, prepare_kernel
 from mmrec_kernels.attention_torch import Gradients, Read, rotary_table
 from mmrec_kernels.backend import interpreted
 from mmrec_kernels.checks import cdiv
 from mmrec_kernels.triton_rows import LOG2_E, Rows, precision, rows_of
 
-_LISTED = 32  # blocks sorted at one time when lists are made
 _SCANNED = 1024  # queries whose window is looked at at one time
 _SPLIT_ROWS = 1024  # queries that make splitting the sums over queries worth while
 _PROGRAMS = 512  # enough to fill any GPU
-_ROTATED = 64  # tokens turned by one program
 
 
 class Blocks(NamedTuple):
@@ -62,28 +61,6 @@ def unsupported(read: Read) -> str | None:
     return None
 
 
-def _schedule(read: Read, blocks: Blocks, by_keys: bool) -> tuple[Rule, int] | tuple[None, int]:
-    """The rule of the slots with the lists of blocks, and the length of each list; None without slots to attend."""
-    batch, slots = read.slot_stamp.shape
-    length = read.q.shape[2]
-    if slots == 0 or read.pages is not None:
-        return None, 0
-    counts = cdiv(length, blocks.queries), cdiv(slots, blocks.keys)
-    rows, columns = reversed(counts) if by_keys else counts
-    stamp, start, stop = (x.contiguous() for x in (read.slot_stamp, read.slot_start, read.slot_stop))
-    rule = Rule(
-        stamp,
-        start,
-        stop,
-        lists=stamp.new_empty(batch, rows, columns, dtype=torch.int32),
-        counts=stamp.new_empty(batch, rows, 2, dtype=torch.int32),
-    )
-    schedule_kernel[rows, batch](
-        rule, length, slots, columns, blocks.queries, blocks.keys, _LISTED, by_keys, num_warps=4
-    )  # fmt: skip
-    return rule, columns
-
-
 class _Window(NamedTuple):
     """Arguments of kernels for the window; all None if there is none."""
 
@@ -93,25 +70,62 @@ class _Window(NamedTuple):
     table: Table | None
 
 
-def _window(read: Read) -> _Window:
-    """The window with its keys turned to their positions."""
-    if read.window_k is None or read.window_v is None or read.window_start is None:
-        return _Window(None, None, None, None)
-    batch, heads, tokens, width = read.window_k.shape
-    table = Table(*rotary_table(read))
-    keys = rows_of(torch.empty_like(read.window_k))
-    rotate_kernel[cdiv(tokens, _ROTATED), batch](
-        rows_of(read.window_k), keys, table, heads, tokens, _ROTATED, width // 2, num_warps=4
-    )  # fmt: skip
-    return _Window(keys, rows_of(read.window_v), read.window_start.contiguous(), table)
+class _Prepared(NamedTuple):
+    """What a read needs beforehand: lists for blocks of queries and of keys (None without), and the window."""
+
+    by_queries: Rule | None
+    by_keys: Rule | None
+    window: _Window
 
 
-def _sizes(read: Read, columns: int) -> tuple[int | float, ...]:
+def _rule(read: Read, lists: int, columns: int) -> Rule:
+    """The rule of the slots, with room for lists of blocks."""
+    stamp, start, stop = (x.contiguous() for x in (read.slot_stamp, read.slot_start, read.slot_stop))
+    shape = len(stamp), lists
+    options = dict(dtype=torch.int32, device=stamp.device)
+    return Rule(stamp, start, stop, torch.empty(*shape, columns, **options), torch.empty(*shape, 2, **options))
+
+
+def _prepare(read: Read, queries: Blocks, keys: Blocks | None) -> _Prepared:
+    """Lists the blocks of slots that blocks of queries see (keys: and the reverse), turns the keys of the window."""
+    batch, heads, length, width = read.q.shape
+    slots = read.slot_stamp.shape[1]
+    by_queries = by_keys = None
+    if slots > 0 and read.pages is None:
+        by_queries = _rule(read, cdiv(length, queries.queries), cdiv(slots, queries.keys))
+        if keys is not None:
+            by_keys = _rule(read, cdiv(slots, keys.keys), cdiv(length, keys.queries))
+    window = _Window(None, None, None, None)
+    tokens = turning = 0
+    if read.window_k is not None and read.window_v is not None and read.window_start is not None:
+        tokens = read.window_k.shape[2]
+        turned = rows_of(torch.empty_like(read.window_k))
+        window = _Window(turned, rows_of(read.window_v), read.window_start.contiguous(), Table(*rotary_table(read)))
+        turning = cdiv(tokens, TURNED) * cdiv(heads, TURNED_HEADS) * batch
+    query_lists, key_lists = (0 if rule is None else batch * rule.counts.shape[1] for rule in (by_queries, by_keys))
+    if query_lists + key_lists + turning > 0:
+        other = queries if keys is None else keys
+        prepare_kernel[(query_lists + key_lists + turning,)](
+            by_queries, by_keys, None if turning == 0 else rows_of(read.window_k), window.keys, window.table,
+            query_lists, key_lists, batch, heads, length, slots, tokens,
+            queries.queries, queries.keys, other.queries, other.keys, LISTED,
+            TURNED, TURNED_HEADS, width // 2, num_warps=4,
+        )  # fmt: skip
+    return _Prepared(by_queries, by_keys, window)
+
+
+def _sizes(read: Read, rule: Rule | None) -> tuple[int | float, ...]:
     """heads, group, length, slots, tokens, window, columns and scale of the kernels."""
     _, heads, length, width = read.q.shape
     tokens = length if read.window_k is None else read.window_k.shape[2]
     group = heads // read.slots_k.shape[1]
+    columns = 0 if rule is None else rule.lists.shape[2]
     return heads, group, length, read.slots_k.shape[2], tokens, read.window, columns, width**-0.5 * LOG2_E.value
+
+
+def _slots(read: Read, rule: Rule | None) -> tuple[Rows, Rows] | tuple[None, None]:
+    """Keys and values of the slots, if blocks of them are read."""
+    return (None, None) if rule is None else (rows_of(read.slots_k), rows_of(read.slots_v))
 
 
 def _null(read: Read) -> tuple[Tensor | None, Tensor | None]:
@@ -137,10 +151,9 @@ def _read_blocks(read: Read, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     blocks, _, _ = _blocks(width, read.q.dtype)
     out = torch.empty_like(read.q, dtype=dtype)
     lse = read.q.new_empty(batch, heads, length, dtype=torch.float32)
-    rule, columns = _schedule(read, blocks, by_keys=False)
-    slots = (None, None) if rule is None else (rows_of(read.slots_k), rows_of(read.slots_v))
+    rule, _, window = _prepare(read, blocks, None)
     forward_kernel[(cdiv(length, blocks.queries) * batch * heads,)](
-        rows_of(read.q), *slots, rule, *_window(read), *_null(read), rows_of(out), lse, *_sizes(read, columns),
+        rows_of(read.q), *_slots(read, rule), rule, *window, *_null(read), rows_of(out), lse, *_sizes(read, rule),
         width, blocks.queries, blocks.keys, precision(read.q.dtype),
         num_warps=blocks.warps, num_stages=blocks.stages,
     )  # fmt: skip
@@ -151,11 +164,13 @@ def backward(read: Read, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: T
     """Gradients in the dtypes of the arguments, with the strides of `torch.empty_like` of each."""
     grad_out, grad_lse = grad_out.to(read.q.dtype), grad_lse.contiguous()
     with torch.cuda.device_of(read.q):
-        window = _window(read)
+        prepared = _prepare(read, *_blocks(read.q.shape[-1], read.q.dtype)[1:])
         delta = torch.empty_like(lse)
-        turned_q = None if window.keys is None else rows_of(torch.empty_like(read.q))
-        grad_q, grad_null_k, grad_null_v = _query_gradients(read, window, out, lse, grad_out, grad_lse, turned_q, delta)
-        slots_k, slots_v, window_k, window_v = _key_gradients(read, window, lse, grad_out, turned_q, delta)
+        turned_q = None if prepared.window.keys is None else rows_of(torch.empty_like(read.q))
+        grad_q, grad_null_k, grad_null_v = _query_gradients(
+            read, prepared, out, lse, grad_out, grad_lse, turned_q, delta
+        )
+        slots_k, slots_v, window_k, window_v = _key_gradients(read, prepared, lse, grad_out, turned_q, delta)
         if read.pages is not None:
             grad_q = attention_pages_triton.query_gradients(read, lse, delta, grad_out, grad_q)
             slots_k, slots_v = attention_pages_triton.key_gradients(read, lse, delta, grad_out)
@@ -164,7 +179,7 @@ def backward(read: Read, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: T
 
 def _query_gradients(
     read: Read,
-    window: _Window,
+    prepared: _Prepared,
     out: Tensor,
     lse: Tensor,
     grad_out: Tensor,
@@ -175,16 +190,15 @@ def _query_gradients(
     """Gradients of q, in fp32 if that of pages will join it, and of the null slot; fills turned_q and delta."""
     batch, heads, length, width = read.q.shape
     _, blocks, _ = _blocks(width, read.q.dtype)
-    rule, columns = _schedule(read, blocks, by_keys=False)
-    slots = (None, None) if rule is None else (rows_of(read.slots_k), rows_of(read.slots_v))
+    rule, _, window = prepared
     query_blocks = cdiv(length, blocks.queries)
     null = _null(read)
     null_sums = None if null[0] is None else lse.new_empty(2, batch, heads, query_blocks, width)
     grad_q = torch.empty_like(read.q, dtype=read.q.dtype if read.pages is None else torch.float32)
     query_kernel[(query_blocks * batch * heads,)](
-        rows_of(read.q), *slots, rule, *window, *null,
+        rows_of(read.q), *_slots(read, rule), rule, *window, *null,
         rows_of(out), lse, rows_of(grad_out), grad_lse, rows_of(grad_q), turned_q, delta, null_sums,
-        *_sizes(read, columns), width, blocks.queries, blocks.keys, precision(read.q.dtype),
+        *_sizes(read, rule), width, blocks.queries, blocks.keys, precision(read.q.dtype),
         num_warps=blocks.warps, num_stages=blocks.stages,
     )  # fmt: skip
     if read.null_k is None or read.null_v is None or null_sums is None:
@@ -194,13 +208,12 @@ def _query_gradients(
 
 
 def _key_gradients(
-    read: Read, window: _Window, lse: Tensor, grad_out: Tensor, turned_q: Rows | None, delta: Tensor
+    read: Read, prepared: _Prepared, lse: Tensor, grad_out: Tensor, turned_q: Rows | None, delta: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of slots_k and slots_v, left empty if they come from pages, and of window_k and window_v."""
     batch, heads, length, width = read.q.shape
     _, _, blocks = _blocks(width, read.q.dtype)
-    rule, columns = _schedule(read, blocks, by_keys=True)
-    slots = (None, None) if rule is None else (rows_of(read.slots_k), rows_of(read.slots_v))
+    _, rule, window = prepared
     slot_programs = 0 if rule is None else cdiv(read.slots_k.shape[2], blocks.keys) * batch * heads
     window_programs = 0 if window.keys is None else cdiv(window.keys.data.shape[2], blocks.keys) * batch * heads
     splits = max(1, min(_PROGRAMS // max(1, slot_programs + window_programs), length // _SPLIT_ROWS))
@@ -212,10 +225,10 @@ def _key_gradients(
     window_k, window_v = (None if x is None else torch.empty_like(x) for x in (read.window_k, read.window_v))
     if slot_programs + window_programs > 0:
         key_kernel[(slot_programs * splits + window_programs,)](
-            rows_of(read.q), turned_q, *slots, rule, *window, lse, delta, rows_of(grad_out),
+            rows_of(read.q), turned_q, *_slots(read, rule), rule, *window, lse, delta, rows_of(grad_out),
             *(rows_of(x if splits == 1 else x[0]) for x in sums),
             *(None if x is None else rows_of(x) for x in (window_k, window_v)),
-            slot_programs * splits, splits, read.slots_k.numel(), *_sizes(read, columns),
+            slot_programs * splits, splits, read.slots_k.numel(), *_sizes(read, rule),
             width, blocks.queries, blocks.keys, _SCANNED, precision(read.q.dtype),
             num_warps=blocks.warps, num_stages=blocks.stages,
         )  # fmt: skip
