@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from mmrec_kernels.attention_forward_triton import SIZES, load_intervals, rotate, window_blocks, window_rule
-from mmrec_kernels.triton_rows import LN_2, NEVER, head_base, load_norm, load_rows, row_pointers, store_rows
+from mmrec_kernels.triton_rows import LN_2, NEVER, head_base, load_norm, load_rows, load_tile, store_rows
 
 
 @triton.jit
@@ -23,6 +23,7 @@ def query_kernel(
 ):  # fmt: skip
     """∂q of Q queries of one head, their sums for the null slot, and what `key_kernel` needs of them.
 
+    Slots and window are tiles of K keys; window_k is turned to its positions.
     Writes grad_q; delta [B, H, T], Σ grad_out·out − grad_lse; turned_q, the queries at their positions;
     null_sums [2, B, H, blocks, d], the blocks' shares of ∂null_k and ∂null_v.
     """
@@ -45,22 +46,20 @@ def query_kernel(
     grad_tile = tl.zeros([Q, D], tl.float32)
 
     if window_k is not None:
-        k_base = head_base(window_k, b, h, 1, D)
-        v_base = head_base(window_v, b, h, 1, D)
         turned = rotate(q_tile, table, tokens - length + row, tokens, 1.0, Q, D).to(q_tile.dtype)
         store_rows(head_base(turned_q, b, h, 1, D), turned_q.row, row, length, turned, Q, D)
         first_seen, own = window_rule(window_start, b, rows, length, tokens, window)
         begin, whole_begin, whole_end, end = window_blocks(first_seen, own, tokens, K)
         for i in range(whole_begin, whole_end):
-            k = tl.load(row_pointers(k_base, window_k.row, i * K, K, D))
-            v = tl.load(row_pointers(v_base, window_v.row, i * K, K, D))
+            k = load_tile(window_k, b, h, 1, i * K, K, D)
+            v = load_tile(window_v, b, h, 1, i * K, K, D)
             scores = tl.dot(turned, tl.trans(k), input_precision=PRECISION)
             grad_scores = _score_gradients(scores, norm, sums, grad, v, scale, PRECISION).to(k.dtype)
             grad_tile = tl.dot(grad_scores, k, grad_tile, input_precision=PRECISION)
         for i in range(begin, end - whole_end + whole_begin):
             first = tl.where(i < whole_begin, i, i + whole_end - whole_begin) * K
-            k = load_rows(k_base, window_k.row, first, tokens, K, D)
-            v = load_rows(v_base, window_v.row, first, tokens, K, D)
+            k = load_tile(window_k, b, h, 1, first, K, D)
+            v = load_tile(window_v, b, h, 1, first, K, D)
             keys = first + tl.arange(0, K)
             seen = (keys[None, :] >= first_seen[:, None]) & (keys[None, :] <= own[:, None])
             scores = tl.where(seen, tl.dot(turned, tl.trans(k), input_precision=PRECISION), float("-inf"))
@@ -69,22 +68,20 @@ def query_kernel(
         grad_tile = rotate(grad_tile, table, tokens - length + row, tokens, -1.0, Q, D)
 
     if rule is not None:
-        k_base = head_base(slots_k, b, h, group, D)
-        v_base = head_base(slots_v, b, h, group, D)
         line = b.to(tl.int64) * blocks + block
         lists = rule.lists + line * columns
         for i in range(tl.load(rule.counts + line * 2)):
             first = tl.load(lists + i) * K
-            k = tl.load(row_pointers(k_base, slots_k.row, first, K, D))
-            v = tl.load(row_pointers(v_base, slots_v.row, first, K, D))
+            k = load_tile(slots_k, b, h, group, first, K, D)
+            v = load_tile(slots_v, b, h, group, first, K, D)
             scores = tl.dot(q_tile, tl.trans(k), input_precision=PRECISION)
             grad_scores = _score_gradients(scores, norm, sums, grad, v, scale, PRECISION).to(k.dtype)
             grad_tile = tl.dot(grad_scores, k, grad_tile, input_precision=PRECISION)
         start, stop = load_intervals(rule, b, rows, length)
         for i in range(tl.load(rule.counts + line * 2 + 1)):
             first = tl.load(lists + columns - 1 - i) * K
-            k = load_rows(k_base, slots_k.row, first, slots, K, D)
-            v = load_rows(v_base, slots_v.row, first, slots, K, D)
+            k = load_tile(slots_k, b, h, group, first, K, D)
+            v = load_tile(slots_v, b, h, group, first, K, D)
             keys = first + tl.arange(0, K)
             stamp = tl.load(rule.stamp + b.to(tl.int64) * slots + keys, mask=keys < slots, other=NEVER)
             seen = (stamp[None, :] >= start[:, None]) & (stamp[None, :] < stop[:, None])
@@ -129,12 +126,10 @@ def _slot_gradients(
     h = program // splits // key_blocks % heads
     b = program // splits // key_blocks // heads
     first = block * K
-    k = load_rows(head_base(slots_k, b, h, group, D), slots_k.row, first, slots, K, D)
-    v = load_rows(head_base(slots_v, b, h, group, D), slots_v.row, first, slots, K, D)
+    k = load_tile(slots_k, b, h, group, first, K, D)
+    v = load_tile(slots_v, b, h, group, first, K, D)
     sum_k = tl.zeros([K, D], tl.float32)
     sum_v = tl.zeros([K, D], tl.float32)
-    q_base = head_base(q, b, h, 1, D)
-    grad_base = head_base(grad_out, b, h, 1, D)
     at = (b.to(tl.int64) * heads + h) * length
     line = b.to(tl.int64) * key_blocks + block
     lists = rule.lists + line * columns
@@ -142,10 +137,10 @@ def _slot_gradients(
     for i in range(whole * split // splits, whole * (split + 1) // splits):
         row = tl.load(lists + i) * Q
         rows = row + tl.arange(0, Q)
-        q_tile = tl.load(row_pointers(q_base, q.row, row, Q, D))
+        q_tile = load_tile(q, b, h, 1, row, Q, D)
         norm = load_norm(lse + at, rows, length)
         scores = tl.dot(k, tl.trans(q_tile), input_precision=PRECISION)
-        grad = tl.load(row_pointers(grad_base, grad_out.row, row, Q, D))
+        grad = load_tile(grad_out, b, h, 1, row, Q, D)
         sums = tl.load(delta + at + rows)
         sum_k, sum_v = _collect(sum_k, sum_v, scores, q_tile, grad, v, norm, sums, scale, PRECISION)
     keys = first + tl.arange(0, K)
@@ -154,12 +149,12 @@ def _slot_gradients(
     for i in range(partial * split // splits, partial * (split + 1) // splits):
         row = tl.load(lists + columns - 1 - i) * Q
         rows = row + tl.arange(0, Q)
-        q_tile = load_rows(q_base, q.row, row, length, Q, D)
+        q_tile = load_tile(q, b, h, 1, row, Q, D)
         norm = load_norm(lse + at, rows, length)
         start, stop = load_intervals(rule, b, rows, length)
         seen = (stamp[:, None] >= start[None, :]) & (stamp[:, None] < stop[None, :])
         scores = tl.where(seen, tl.dot(k, tl.trans(q_tile), input_precision=PRECISION), float("-inf"))
-        grad = load_rows(grad_base, grad_out.row, row, length, Q, D)
+        grad = load_tile(grad_out, b, h, 1, row, Q, D)
         sums = tl.load(delta + at + rows, mask=rows < length, other=0.0)
         sum_k, sum_v = _collect(sum_k, sum_v, scores, q_tile, grad, v, norm, sums, scale, PRECISION)
     k_base = head_base(grad_k, b, h, group, D) + split.to(tl.int64) * grad_stride
@@ -209,32 +204,30 @@ def _window_gradients(
     b = program // key_blocks // heads
     first = block * K
     last = tl.minimum(first + K, tokens) - 1
-    k = load_rows(head_base(window_k, b, h, 1, D), window_k.row, first, tokens, K, D)
-    v = load_rows(head_base(window_v, b, h, 1, D), window_v.row, first, tokens, K, D)
+    k = load_tile(window_k, b, h, 1, first, K, D)
+    v = load_tile(window_v, b, h, 1, first, K, D)
     sum_k = tl.zeros([K, D], tl.float32)
     sum_v = tl.zeros([K, D], tl.float32)
-    q_base = head_base(q, b, h, 1, D)
-    grad_base = head_base(grad_out, b, h, 1, D)
     at = (b.to(tl.int64) * heads + h) * length
     begin, whole_begin, whole_end, end = _window_queries(window_start, b, first, last, length, tokens, window, Q, N)
     for i in range(whole_begin, whole_end):
         rows = i * Q + tl.arange(0, Q)
-        q_tile = tl.load(row_pointers(q_base, q.row, i * Q, Q, D))
+        q_tile = load_tile(q, b, h, 1, i * Q, Q, D)
         norm = load_norm(lse + at, rows, length)
         scores = tl.dot(k, tl.trans(q_tile), input_precision=PRECISION)
-        grad = tl.load(row_pointers(grad_base, grad_out.row, i * Q, Q, D))
+        grad = load_tile(grad_out, b, h, 1, i * Q, Q, D)
         sums = tl.load(delta + at + rows)
         sum_k, sum_v = _collect(sum_k, sum_v, scores, q_tile, grad, v, norm, sums, scale, PRECISION)
     keys = first + tl.arange(0, K)
     for i in range(begin, end - whole_end + whole_begin):
         row = tl.where(i < whole_begin, i, i + whole_end - whole_begin) * Q
         rows = row + tl.arange(0, Q)
-        q_tile = load_rows(q_base, q.row, row, length, Q, D)
+        q_tile = load_tile(q, b, h, 1, row, Q, D)
         norm = load_norm(lse + at, rows, length)
         first_seen, own = window_rule(window_start, b, rows, length, tokens, window)
         seen = (keys[:, None] >= first_seen[None, :]) & (keys[:, None] <= own[None, :])
         scores = tl.where(seen, tl.dot(k, tl.trans(q_tile), input_precision=PRECISION), float("-inf"))
-        grad = load_rows(grad_base, grad_out.row, row, length, Q, D)
+        grad = load_tile(grad_out, b, h, 1, row, Q, D)
         sums = tl.load(delta + at + rows, mask=rows < length, other=0.0)
         sum_k, sum_v = _collect(sum_k, sum_v, scores, q_tile, grad, v, norm, sums, scale, PRECISION)
     sum_k = rotate(sum_k, table, first, tokens, -1.0, K, D)
@@ -249,7 +242,10 @@ def key_kernel(
     slot_programs, splits, grad_stride, heads, group, length, slots, tokens, window, columns, scale,
     D: tl.constexpr, Q: tl.constexpr, K: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """∂k and ∂v. Slots take longer than the window, so their programs come first and the others fill the gaps."""
+    """∂k and ∂v. Slots take longer than the window, so their programs come first and the others fill the gaps.
+
+    q, turned_q and grad_out are tiles of Q queries; slots and window, which is turned, of K keys.
+    """
     program = tl.program_id(0)
     if rule is not None and program < slot_programs:
         _slot_gradients(

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from mmrec_kernels.triton_rows import LN_2, NEVER, head_base, load_rows, row_pointers, store_rows
+from mmrec_kernels.triton_rows import LN_2, NEVER, head_base, load_rows, load_tile, store_rows
 
 # Sizes vary from call to call: no kernel is compiled anew for them.
 SIZES = ["length", "slots", "tokens", "window", "columns", "slot_programs", "splits", "grad_stride"]
@@ -89,7 +89,10 @@ def forward_kernel(
     heads, group, length, slots, tokens, window, columns, scale,
     D: tl.constexpr, Q: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The read of Q queries of one head. window_k is turned to its positions; scale is log₂e/√d."""
+    """The read of Q queries of one head. Slots and window are tiles of K keys; window_k is turned to its positions.
+
+    scale is log₂e/√d.
+    """
     blocks = tl.cdiv(length, Q)
     block = tl.program_id(0) % blocks
     b = tl.program_id(0) // blocks // heads
@@ -110,46 +113,42 @@ def forward_kernel(
         mean = tl.zeros([Q, D], tl.float32)
 
     if rule is not None:
-        k_base = head_base(slots_k, b, h, group, D)
-        v_base = head_base(slots_v, b, h, group, D)
         line = b.to(tl.int64) * blocks + block
         lists = rule.lists + line * columns
         for i in range(tl.load(rule.counts + line * 2)):
             first = tl.load(lists + i) * K
-            k = tl.load(row_pointers(k_base, slots_k.row, first, K, D))
+            k = load_tile(slots_k, b, h, group, first, K, D)
             scores = tl.dot(q_tile, tl.trans(k), input_precision=PRECISION)
-            v = tl.load(row_pointers(v_base, slots_v.row, first, K, D))
+            v = load_tile(slots_v, b, h, group, first, K, D)
             mean, top, total = _absorb(mean, top, total, scores, v, scale, PRECISION)
         start, stop = load_intervals(rule, b, rows, length)
         for i in range(tl.load(rule.counts + line * 2 + 1)):
             first = tl.load(lists + columns - 1 - i) * K
-            k = load_rows(k_base, slots_k.row, first, slots, K, D)
+            k = load_tile(slots_k, b, h, group, first, K, D)
             scores = tl.dot(q_tile, tl.trans(k), input_precision=PRECISION)
             keys = first + tl.arange(0, K)
             stamp = tl.load(rule.stamp + b.to(tl.int64) * slots + keys, mask=keys < slots, other=NEVER)
             seen = (stamp[None, :] >= start[:, None]) & (stamp[None, :] < stop[:, None])
-            v = load_rows(v_base, slots_v.row, first, slots, K, D)
+            v = load_tile(slots_v, b, h, group, first, K, D)
             scores = tl.where(seen, scores, float("-inf"))
             mean, top, total = _absorb(mean, top, total, scores, v, scale, PRECISION)
 
     if window_k is not None:
-        k_base = head_base(window_k, b, h, 1, D)
-        v_base = head_base(window_v, b, h, 1, D)
         q_tile = rotate(q_tile, table, tokens - length + row, tokens, 1.0, Q, D).to(q_tile.dtype)
         first_seen, own = window_rule(window_start, b, rows, length, tokens, window)
         begin, whole_begin, whole_end, end = window_blocks(first_seen, own, tokens, K)
         for i in range(whole_begin, whole_end):
-            k = tl.load(row_pointers(k_base, window_k.row, i * K, K, D))
+            k = load_tile(window_k, b, h, 1, i * K, K, D)
             scores = tl.dot(q_tile, tl.trans(k), input_precision=PRECISION)
-            v = tl.load(row_pointers(v_base, window_v.row, i * K, K, D))
+            v = load_tile(window_v, b, h, 1, i * K, K, D)
             mean, top, total = _absorb(mean, top, total, scores, v, scale, PRECISION)
         for i in range(begin, end - whole_end + whole_begin):
             first = tl.where(i < whole_begin, i, i + whole_end - whole_begin) * K
-            k = load_rows(k_base, window_k.row, first, tokens, K, D)
+            k = load_tile(window_k, b, h, 1, first, K, D)
             scores = tl.dot(q_tile, tl.trans(k), input_precision=PRECISION)
             keys = first + tl.arange(0, K)
             seen = (keys[None, :] >= first_seen[:, None]) & (keys[None, :] <= own[:, None])
-            v = load_rows(v_base, window_v.row, first, tokens, K, D)
+            v = load_tile(window_v, b, h, 1, first, K, D)
             scores = tl.where(seen, scores, float("-inf"))
             mean, top, total = _absorb(mean, top, total, scores, v, scale, PRECISION)
 

@@ -8,9 +8,10 @@ import triton.language as tl
 
 from mmrec_kernels.triton_rows import head_base, row_pointers
 
-LISTED = 32  # blocks sorted at one time when lists are made
-TURNED = 64  # tokens turned by one program
-TURNED_HEADS = 8  # at most, by one program
+LISTED = tl.constexpr(32)  # blocks of keys sorted at one time when lists are made
+LISTED_QUERIES = tl.constexpr(128)  # blocks of queries, of which there are more
+TURNED = tl.constexpr(64)  # tokens turned by one program
+TURNED_HEADS = tl.constexpr(8)  # at most, by one program
 
 
 @triton.jit
@@ -75,8 +76,7 @@ def _turn_keys(x, turned, table, program, blocks, heads, tokens, N: tl.constexpr
 @triton.jit(do_not_specialize=["length", "slots", "tokens", "query_lists", "key_lists"])
 def prepare_kernel(
     by_queries, by_keys, window_k, turned, table, query_lists, key_lists, batch, heads, length, slots, tokens,
-    Q: tl.constexpr, K: tl.constexpr, KEYS_Q: tl.constexpr, KEYS_K: tl.constexpr, N: tl.constexpr,
-    TOKENS: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
+    Q: tl.constexpr, K: tl.constexpr, KEYS_Q: tl.constexpr, KEYS_K: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """Fills the lists of two rules and the turned keys; each of them may be None.
 
@@ -84,18 +84,16 @@ def prepare_kernel(
     queries. query_lists, key_lists: how many lists there are of each. What takes longest begins first.
     """
     program = tl.program_id(0)
-    if by_queries is not None:
-        if program < query_lists:
-            _list_blocks(
-                by_queries, program, query_lists // batch, tl.cdiv(slots, K), length, slots, Q, K, N, False
-            )  # fmt: skip
+    if by_queries is not None and program < query_lists:
+        _list_blocks(
+            by_queries, program, query_lists // batch, tl.cdiv(slots, K), length, slots, Q, K, LISTED, False
+        )  # fmt: skip
     program -= query_lists
-    if by_keys is not None:
-        if (program >= 0) & (program < key_lists):
-            _list_blocks(
-                by_keys, program, key_lists // batch, tl.cdiv(length, KEYS_Q), length, slots, KEYS_Q, KEYS_K, N, True
-            )  # fmt: skip
+    if by_keys is not None and (program >= 0) & (program < key_lists):
+        _list_blocks(
+            by_keys, program, key_lists // batch, tl.cdiv(length, KEYS_Q), length, slots, KEYS_Q, KEYS_K,
+            LISTED_QUERIES, True,
+        )  # fmt: skip
     program -= key_lists
-    if window_k is not None:
-        if program >= 0:
-            _turn_keys(window_k, turned, table, program, tl.cdiv(tokens, TOKENS), heads, tokens, TOKENS, HEADS, HALF)
+    if window_k is not None and program >= 0:
+        _turn_keys(window_k, turned, table, program, tl.cdiv(tokens, TURNED), heads, tokens, TURNED, TURNED_HEADS, HALF)

@@ -11,7 +11,7 @@ over queries for each block of keys and writes ∂k and ∂v. Every sum has one 
 Rotary positions: the keys of the window are turned once, into a copy; queries are turned where they are read.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,11 +19,11 @@ from torch import Tensor
 from mmrec_kernels import attention_pages_triton
 from mmrec_kernels.attention_backward_triton import key_kernel, query_kernel
 from mmrec_kernels.attention_forward_triton import Rule, Table, forward_kernel
-from mmrec_kernels.attention_prepare_triton import LISTED, TURNED, TURNED_HEADS, prepare_kernel
+from mmrec_kernels.attention_prepare_triton import TURNED, TURNED_HEADS, prepare_kernel
 from mmrec_kernels.attention_torch import Gradients, Read, rotary_table
 from mmrec_kernels.backend import interpreted
 from mmrec_kernels.checks import cdiv
-from mmrec_kernels.triton_rows import LOG2_E, Rows, precision, rows_of
+from mmrec_kernels.triton_rows import LOG2_E, precision, rows_of, tiles_of
 
 _SCANNED = 1024  # queries whose window is looked at at one time
 _SPLIT_ROWS = 1024  # queries that make splitting the sums over queries worth while
@@ -62,28 +62,28 @@ def unsupported(read: Read) -> str | None:
 
 
 class _Window(NamedTuple):
-    """Arguments of kernels for the window; all None if there is none."""
+    """The window, its keys turned to their positions."""
 
-    keys: Rows | None
-    values: Rows | None
-    start: Tensor | None
-    table: Table | None
+    keys: Tensor
+    values: Tensor
+    start: Tensor
+    table: Table
 
 
 class _Prepared(NamedTuple):
-    """What a read needs beforehand: lists for blocks of queries and of keys (None without), and the window."""
+    """What a read needs beforehand: lists for blocks of queries and of keys, and the window; None without."""
 
     by_queries: Rule | None
     by_keys: Rule | None
-    window: _Window
+    window: _Window | None
 
 
 def _rule(read: Read, lists: int, columns: int) -> Rule:
     """The rule of the slots, with room for lists of blocks."""
     stamp, start, stop = (x.contiguous() for x in (read.slot_stamp, read.slot_start, read.slot_stop))
     shape = len(stamp), lists
-    options = dict(dtype=torch.int32, device=stamp.device)
-    return Rule(stamp, start, stop, torch.empty(*shape, columns, **options), torch.empty(*shape, 2, **options))
+    room, counts = (stamp.new_empty(*shape, n, dtype=torch.int32) for n in (columns, 2))
+    return Rule(stamp, start, stop, room, counts)
 
 
 def _prepare(read: Read, queries: Blocks, keys: Blocks | None) -> _Prepared:
@@ -95,21 +95,20 @@ def _prepare(read: Read, queries: Blocks, keys: Blocks | None) -> _Prepared:
         by_queries = _rule(read, cdiv(length, queries.queries), cdiv(slots, queries.keys))
         if keys is not None:
             by_keys = _rule(read, cdiv(slots, keys.keys), cdiv(length, keys.queries))
-    window = _Window(None, None, None, None)
+    window = keys_from = keys_to = table = None
     tokens = turning = 0
     if read.window_k is not None and read.window_v is not None and read.window_start is not None:
         tokens = read.window_k.shape[2]
-        turned = rows_of(torch.empty_like(read.window_k))
-        window = _Window(turned, rows_of(read.window_v), read.window_start.contiguous(), Table(*rotary_table(read)))
-        turning = cdiv(tokens, TURNED) * cdiv(heads, TURNED_HEADS) * batch
+        table = Table(*rotary_table(read))
+        window = _Window(torch.empty_like(read.window_k), read.window_v, read.window_start.contiguous(), table)
+        keys_from, keys_to = rows_of(read.window_k), rows_of(window.keys)
+        turning = cdiv(tokens, TURNED.value) * cdiv(heads, TURNED_HEADS.value) * batch
     query_lists, key_lists = (0 if rule is None else batch * rule.counts.shape[1] for rule in (by_queries, by_keys))
     if query_lists + key_lists + turning > 0:
         other = queries if keys is None else keys
         prepare_kernel[(query_lists + key_lists + turning,)](
-            by_queries, by_keys, None if turning == 0 else rows_of(read.window_k), window.keys, window.table,
-            query_lists, key_lists, batch, heads, length, slots, tokens,
-            queries.queries, queries.keys, other.queries, other.keys, LISTED,
-            TURNED, TURNED_HEADS, width // 2, num_warps=4,
+            by_queries, by_keys, keys_from, keys_to, table, query_lists, key_lists, batch, heads, length, slots, tokens,
+            queries.queries, queries.keys, other.queries, other.keys, width // 2, num_warps=4,
         )  # fmt: skip
     return _Prepared(by_queries, by_keys, window)
 
@@ -123,9 +122,16 @@ def _sizes(read: Read, rule: Rule | None) -> tuple[int | float, ...]:
     return heads, group, length, read.slots_k.shape[2], tokens, read.window, columns, width**-0.5 * LOG2_E.value
 
 
-def _slots(read: Read, rule: Rule | None) -> tuple[Rows, Rows] | tuple[None, None]:
-    """Keys and values of the slots, if blocks of them are read."""
-    return (None, None) if rule is None else (rows_of(read.slots_k), rows_of(read.slots_v))
+def _keys(read: Read, rule: Rule | None, window: _Window | None, rows: int) -> tuple[Any, ...]:
+    """slots_k, slots_v, rule, window_k, window_v, window_start and table of the kernels, keys in tiles of `rows`."""
+    width = read.q.shape[-1]
+    slots = window_tiles = (None, None)
+    if rule is not None:
+        slots = tiles_of(read.slots_k, rows, width), tiles_of(read.slots_v, rows, width)
+    if window is None:
+        return *slots, rule, *window_tiles, None, None
+    window_tiles = tiles_of(window.keys, rows, width), tiles_of(window.values, rows, width)
+    return *slots, rule, *window_tiles, window.start, window.table
 
 
 def _null(read: Read) -> tuple[Tensor | None, Tensor | None]:
@@ -153,8 +159,8 @@ def _read_blocks(read: Read, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     lse = read.q.new_empty(batch, heads, length, dtype=torch.float32)
     rule, _, window = _prepare(read, blocks, None)
     forward_kernel[(cdiv(length, blocks.queries) * batch * heads,)](
-        rows_of(read.q), *_slots(read, rule), rule, *window, *_null(read), rows_of(out), lse, *_sizes(read, rule),
-        width, blocks.queries, blocks.keys, precision(read.q.dtype),
+        rows_of(read.q), *_keys(read, rule, window, blocks.keys), *_null(read), rows_of(out), lse,
+        *_sizes(read, rule), width, blocks.queries, blocks.keys, precision(read.q.dtype),
         num_warps=blocks.warps, num_stages=blocks.stages,
     )  # fmt: skip
     return out, lse
@@ -166,7 +172,7 @@ def backward(read: Read, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: T
     with torch.cuda.device_of(read.q):
         prepared = _prepare(read, *_blocks(read.q.shape[-1], read.q.dtype)[1:])
         delta = torch.empty_like(lse)
-        turned_q = None if prepared.window.keys is None else rows_of(torch.empty_like(read.q))
+        turned_q = None if prepared.window is None else torch.empty_like(read.q)
         grad_q, grad_null_k, grad_null_v = _query_gradients(
             read, prepared, out, lse, grad_out, grad_lse, turned_q, delta
         )
@@ -184,7 +190,7 @@ def _query_gradients(
     lse: Tensor,
     grad_out: Tensor,
     grad_lse: Tensor,
-    turned_q: Rows | None,
+    turned_q: Tensor | None,
     delta: Tensor,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradients of q, in fp32 if that of pages will join it, and of the null slot; fills turned_q and delta."""
@@ -196,8 +202,8 @@ def _query_gradients(
     null_sums = None if null[0] is None else lse.new_empty(2, batch, heads, query_blocks, width)
     grad_q = torch.empty_like(read.q, dtype=read.q.dtype if read.pages is None else torch.float32)
     query_kernel[(query_blocks * batch * heads,)](
-        rows_of(read.q), *_slots(read, rule), rule, *window, *null,
-        rows_of(out), lse, rows_of(grad_out), grad_lse, rows_of(grad_q), turned_q, delta, null_sums,
+        rows_of(read.q), *_keys(read, rule, window, blocks.keys), *null, rows_of(out), lse, rows_of(grad_out), grad_lse,
+        rows_of(grad_q), None if turned_q is None else rows_of(turned_q), delta, null_sums,
         *_sizes(read, rule), width, blocks.queries, blocks.keys, precision(read.q.dtype),
         num_warps=blocks.warps, num_stages=blocks.stages,
     )  # fmt: skip
@@ -208,14 +214,14 @@ def _query_gradients(
 
 
 def _key_gradients(
-    read: Read, prepared: _Prepared, lse: Tensor, grad_out: Tensor, turned_q: Rows | None, delta: Tensor
+    read: Read, prepared: _Prepared, lse: Tensor, grad_out: Tensor, turned_q: Tensor | None, delta: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of slots_k and slots_v, left empty if they come from pages, and of window_k and window_v."""
     batch, heads, length, width = read.q.shape
     _, _, blocks = _blocks(width, read.q.dtype)
     _, rule, window = prepared
     slot_programs = 0 if rule is None else cdiv(read.slots_k.shape[2], blocks.keys) * batch * heads
-    window_programs = 0 if window.keys is None else cdiv(window.keys.data.shape[2], blocks.keys) * batch * heads
+    window_programs = 0 if window is None else cdiv(window.keys.shape[2], blocks.keys) * batch * heads
     splits = max(1, min(_PROGRAMS // max(1, slot_programs + window_programs), length // _SPLIT_ROWS))
     grads = torch.empty_like(read.slots_k), torch.empty_like(read.slots_v)
     sums = grads
@@ -225,7 +231,8 @@ def _key_gradients(
     window_k, window_v = (None if x is None else torch.empty_like(x) for x in (read.window_k, read.window_v))
     if slot_programs + window_programs > 0:
         key_kernel[(slot_programs * splits + window_programs,)](
-            rows_of(read.q), turned_q, *_slots(read, rule), rule, *window, lse, delta, rows_of(grad_out),
+            *(None if x is None else tiles_of(x, blocks.queries, width) for x in (read.q, turned_q)),
+            *_keys(read, rule, window, blocks.keys), lse, delta, tiles_of(grad_out, blocks.queries, width),
             *(rows_of(x if splits == 1 else x[0]) for x in sums),
             *(None if x is None else rows_of(x) for x in (window_k, window_v)),
             slot_programs * splits, splits, read.slots_k.numel(), *_sizes(read, rule),

