@@ -41,10 +41,13 @@ def _added(source, product, offset, step, inside, keep, has_earlier, ADJOINT: tl
 def _step_tile(
     gamma, source, product, old_product, largest, largest_weight, factor, largest_factor, reset, initial, operand,
     subtracted, value, final, change, size, words, change_words, ticket, batch, length, shift,
-    D: tl.constexpr, ADJOINT: tl.constexpr, INCREMENT: tl.constexpr, MEASURED: tl.constexpr, WHOLE: tl.constexpr,
-    BLOCK_D: tl.constexpr, STEPS: tl.constexpr, GROUP: tl.constexpr,
+    D: tl.constexpr, ADJOINT: tl.constexpr, INCREMENT: tl.constexpr, MEASURED: tl.constexpr, SUMMED: tl.constexpr,
+    WHOLE: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """One tile [STEPS, BLOCK_D] of one iteration; see `step_kernel`. The rows are in the order of the scan."""
+    """One tile [STEPS, BLOCK_D] of one iteration; see `step_kernel`. The rows are in the order of the scan.
+
+    SUMMED: the sum of an increment and the old product takes the old product's place.
+    """
     chunk, b, channel, mask = tile_of_ticket(ticket, batch, D, BLOCK_D)
     chunks = tl.cdiv(length, STEPS)
     states = batch.to(tl.int64) * D
@@ -76,7 +79,7 @@ def _step_tile(
         old_a = tl.load(old_product + offset, inside, other=0.0).to(tl.float32) * unscale
         if INCREMENT:
             a += old_a
-            if MEASURED:
+            if SUMMED:
                 tl.store(old_product + offset, a * scale, inside)
     x = _added(source, a, offset, D, inside, keep, has_earlier, ADJOINT)
     decay, state = summarize_tile(decays, x)
@@ -89,26 +92,32 @@ def _step_tile(
     start = look_back(words, states, chunk, chunks, index, mask, decay, state, start, GROUP)
     before, after = scan_tile(decays, x, start)
 
-    f = keep
-    if factor is not None:
-        f = tl.load(factor + offset, inside, other=0.0).to(tl.float32)
-    u = before * f
+    broken = False
     if largest is not None:
         largest_input = tl.load(largest + b)
         if largest_factor is not None:
-            scale *= 1.0 / power_of_two(tl.load(largest_factor + b), HEADROOM)
             largest_input = tl.maximum(largest_input, tl.load(largest_factor + b))
         # a row with Inf or NaN among its inputs keeps them, and has a residual of NaN, which ends its iteration
         broken = largest_input >= INFINITY_BITS
-        limit = tl.where(broken, float("inf"), _largest_number(operand.dtype.element_ty))
-        u *= scale
-        # what fp16 cannot hold must not pass for converged
-        if broken | (tl.max(tl.max(tl.where(inside, tl.abs(u), 0.0), 0)) > 65504.0):
+        if broken:
             tl.atomic_max(change + b, INFINITY_BITS, sem="relaxed")
-        if subtracted is not None:
-            u -= tl.load(subtracted + offset, inside, other=0.0).to(tl.float32)
-        u = tl.clamp(u, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(operand + offset, u.to(operand.dtype.element_ty), inside)
+    if operand is not None:
+        f = keep
+        if factor is not None:
+            f = tl.load(factor + offset, inside, other=0.0).to(tl.float32)
+        u = before * f
+        if largest is not None:
+            if largest_factor is not None:
+                scale *= 1.0 / power_of_two(tl.load(largest_factor + b), HEADROOM)
+            limit = tl.where(broken, float("inf"), _largest_number(operand.dtype.element_ty))
+            u *= scale
+            # what fp16 cannot hold must not pass for converged
+            if tl.max(tl.max(tl.where(inside, tl.abs(u), 0.0), 0)) > 65504.0:
+                tl.atomic_max(change + b, INFINITY_BITS, sem="relaxed")
+            if subtracted is not None:
+                u -= tl.load(subtracted + offset, inside, other=0.0).to(tl.float32)
+            u = tl.clamp(u, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
+        tl.store(operand + offset, u.to(operand.dtype.element_ty), inside)
     if MEASURED:
         tl.store(value + offset, (before if ADJOINT else after).to(value.dtype.element_ty), inside)
         if chunk == chunks - 1:
@@ -153,7 +162,7 @@ def step_kernel(
     _step_tile(
         gamma, source, product, old_product, largest, largest_weight, factor, largest_factor, reset, initial, operand,
         subtracted, value, final, change, size, words + 4, change_words + 4, take_ticket(words), batch, length, shift,
-        D, ADJOINT, INCREMENT, MEASURED, WHOLE, BLOCK_D, STEPS, GROUP,
+        D, ADJOINT, INCREMENT, MEASURED, False, WHOLE, BLOCK_D, STEPS, GROUP,
     )  # fmt: skip
 
 
@@ -212,18 +221,28 @@ def _product_tile(
     tl.store(at, total.to(product.dtype.element_ty), mask=(m < tokens)[:, None] & (n < HEAD)[None, :])
 
 
+@triton.jit
+def _clear(words, count):
+    """Sets words to zero, together with all other programs."""
+    for start in range(tl.program_id(0) * 1024, count, tl.num_programs(0) * 1024):
+        at = start + tl.arange(0, 1024)
+        tl.store(words + at, 0, at < count)
+
+
 @triton.jit(do_not_specialize=["batch", "length", "shift"])
 def refine_kernel(
-    gamma, source, products, largest, matrix, factor, largest_factor, reset, initial, operand, value, final, changes,
-    sizes, iterations, words, change_words, word_count, meeting, batch, length, shift, tolerance, planned,
-    max_iterations, N_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr, D: tl.constexpr, HEAD: tl.constexpr,
-    ADJOINT: tl.constexpr, WHOLE: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    gamma, source, product, products, largest, largest_weight, matrix, factor, largest_factor, reset, initial, operand,
+    value, final, changes, sizes, iterations, words, change_words, word_count, meeting, batch, length, shift, tolerance,
+    planned, max_iterations, N_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr, D: tl.constexpr, HEAD: tl.constexpr,
+    ADJOINT: tl.constexpr, INCREMENT: tl.constexpr, WHOLE: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Goes on iterating until every row has converged or the iterations are spent. All programs run at once.
 
-    products: [2, batch, length, D]; the one of iteration n is at n mod 2. changes, sizes: [max_iterations + 1, batch],
-    of each iteration. iterations: [batch] int32, written: how many there have been. words: zero when one begins.
+    product, largest_weight, INCREMENT: of the last planned iteration, as in `step_kernel`. products: [2, batch, length,
+    D]; the one of iteration n is at n mod 2, of the last planned one the sum, or what it is to be added to. changes,
+    sizes: [max_iterations + 1, batch], of each iteration. iterations: [batch] int32, written: how many there have been.
+    words: zero when one begins.
     """
     program = tl.program_id(0)
     programs = tl.num_programs(0)
@@ -234,9 +253,20 @@ def refine_kernel(
     tiles = tl.cdiv(length, STEPS) * batch * ((D + BLOCK_D - 1) // BLOCK_D)
     iteration = planned
     meetings = 1
-    while (iteration < max_iterations) & (
+    going_on = (iteration < max_iterations) & (
         not _all_converged(changes + iteration * batch, sizes + iteration * batch, batch, tolerance)
-    ):
+    )
+    if going_on:  # what the last planned iteration did not write, since mostly nobody needs it: its operand and sum
+        for tile in range(program, tiles, programs):
+            _step_tile(
+                gamma, source, product, products + (planned % 2) * elements if INCREMENT else None, largest,
+                largest_weight, factor, largest_factor, reset, initial, operand, None, value, final,
+                changes + (planned + 1) * batch, sizes, words + 4, change_words + 4, tile, batch, length, shift,
+                D, ADJOINT, INCREMENT, False, INCREMENT, WHOLE, BLOCK_D, STEPS, GROUP,
+            )  # fmt: skip
+        meetings = _meet(meeting, meetings)
+        _clear(words, word_count)
+    while going_on:
         iteration += 1
         new = products + (iteration % 2) * elements
         old = products + ((iteration + 1) % 2) * elements
@@ -250,13 +280,14 @@ def refine_kernel(
             _step_tile(
                 gamma, source, new, old, largest, None, factor, largest_factor, reset, initial, operand, None, value,
                 final, changes + iteration * batch, sizes + iteration * batch, words + 4, change_words + 4,
-                tile, batch, length, shift, D, ADJOINT, False, True, WHOLE, BLOCK_D, STEPS, GROUP,
+                tile, batch, length, shift, D, ADJOINT, False, True, False, WHOLE, BLOCK_D, STEPS, GROUP,
             )  # fmt: skip
         meetings = _meet(meeting, meetings)
-        for start in range(program * 1024, word_count, programs * 1024):
-            at = start + tl.arange(0, 1024)
-            tl.store(words + at, 0, at < word_count)
-            tl.store(change_words + at, 0, at < word_count)
+        _clear(words, word_count)
+        _clear(change_words, word_count)
+        going_on = (iteration < max_iterations) & (
+            not _all_converged(changes + iteration * batch, sizes + iteration * batch, batch, tolerance)
+        )
     for b in range(batch):
         tl.store(iterations + b, iteration, mask=program == 0)
 

@@ -185,8 +185,8 @@ def _solve(problem: _Problem, settings: SolverSettings) -> tuple[Tensor, Tensor]
             **common, **tiling,
             product=product, old_product=old_product if measured or operands.increment(n) else None,
             INCREMENT=operands.increment(n), MEASURED=measured,
-            largest=operands.largest, largest_weight=largest_weight, operand=operand, subtracted=subtracted,
-            change=changes[planned], size=sizes[planned],
+            largest=operands.largest, largest_weight=largest_weight, operand=None if n == planned else operand,
+            subtracted=None if n == planned else subtracted, change=changes[planned], size=sizes[planned],
             words=measured_words[0] if measured else words[n], change_words=measured_words[1],
             STEPS=steps, BLOCK_D=block_d, num_warps=STEP_WARPS,
         )  # fmt: skip
@@ -205,8 +205,9 @@ def _solve(problem: _Problem, settings: SolverSettings) -> tuple[Tensor, Tensor]
     n_stride, k_stride = operands.matrix.stride()[1:]
     refine_kernel[(programs,)](
         **common, **tiling, **together,
-        matrix=operands.matrix, N_STRIDE=n_stride, K_STRIDE=k_stride, products=operands.products,
-        largest=operands.largest, operand=operands.operand, words=words[planned], change_words=words[planned + 1],
+        matrix=operands.matrix, N_STRIDE=n_stride, K_STRIDE=k_stride, product=product, products=operands.products,
+        largest=operands.largest, largest_weight=largest_weight, operand=operands.operand,
+        INCREMENT=operands.increment(planned), words=words[planned], change_words=words[planned + 1],
         word_count=words.shape[1], meeting=counters[0], planned=planned, max_iterations=limit,
         STEPS=STEPS, BLOCK_D=8 * CHANNELS, BLOCK_M=blocks[0], BLOCK_N=blocks[1], BLOCK_K=blocks[2], num_stages=3,
     )  # fmt: skip

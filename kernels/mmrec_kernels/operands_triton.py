@@ -27,22 +27,31 @@ def power_of_two(largest, headroom: tl.constexpr):
 
 
 @triton.jit
-def _largest_kernel(x, largest, size, BLOCK: tl.constexpr):
-    row = tl.program_id(1)
+def _largest_in(x, row, size, program, programs, BLOCK: tl.constexpr):
+    """The bits of the largest absolute value of a row of x, in every programs-th block from `program` on."""
     most = tl.zeros((BLOCK,), tl.int32)
-    for start in range(tl.program_id(0) * BLOCK, size, tl.num_programs(0) * BLOCK):
+    for start in range(program * BLOCK, size, programs * BLOCK):
         at = start + tl.arange(0, BLOCK)
         value = tl.load(x + row.to(tl.int64) * size + at, at < size, other=0.0).to(tl.float32)
         most = tl.maximum(most, value.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
-    tl.atomic_max(largest + row, tl.max(most, 0), sem="relaxed")
+    return tl.max(most, 0)
 
 
-def largest_of(*tensors: Tensor) -> Tensor:
-    """[B] int32: the bits of the largest absolute value in each row of some [B, ...], contiguous."""
-    largest = torch.zeros(len(tensors[0]), dtype=torch.int32, device=tensors[0].device)
-    for x in tensors:
-        size = math.prod(x.shape[1:])
-        _largest_kernel[(min(cdiv(size, 4096), 512), len(x))](x, largest, size, BLOCK=4096)
+@triton.jit
+def _largest_kernel(x, y, largest, x_size, y_size, BLOCK: tl.constexpr):
+    row = tl.program_id(1)
+    program = tl.program_id(0)
+    most = _largest_in(x, row, x_size, program, tl.num_programs(0), BLOCK)
+    if y is not None:
+        most = tl.maximum(most, _largest_in(y, row, y_size, program, tl.num_programs(0), BLOCK))
+    tl.atomic_max(largest + row, most, sem="relaxed")
+
+
+def largest_of(x: Tensor, y: Tensor | None = None) -> Tensor:
+    """[B] int32: the bits of the largest absolute value in each row of x and y, [B, ...], contiguous."""
+    largest = torch.zeros(len(x), dtype=torch.int32, device=x.device)
+    x_size, y_size = (0 if t is None else math.prod(t.shape[1:]) for t in (x, y))
+    _largest_kernel[(min(cdiv(x_size, 4096), 2048), len(x))](x, y, largest, x_size, y_size, BLOCK=4096)
     return largest
 
 
