@@ -13,36 +13,36 @@ import triton
 import triton.language as tl
 
 from mmrec_kernels.handoff import take_ticket
-from mmrec_kernels.operands_triton import HEADROOM, HEADROOM_8_BIT, power_of_two, state_before
-from mmrec_kernels.register_tiles import last_row, scan_tile, summarize_tile
-from mmrec_kernels.sigmoid_triton import sigmoid
+from mmrec_kernels.operands_triton import HEADROOM, power_of_two, state_before
+from mmrec_kernels.register_tiles import as_new, fetch, last_row, scan_tile, summarize_tile
+from mmrec_kernels.sigmoid_triton import MINUS_LOG2_E, sigmoid, sigmoid_of_power
 from mmrec_kernels.solver import MIN_IMPORTANCE
-from mmrec_kernels.time_tiles import look_back, publish_tile, tile_of_ticket
+from mmrec_kernels.time_tiles import first_channel, look_back, publish_tile, tile_of_ticket
 
 INFINITY_BITS = tl.constexpr(0x7F800000)  # of fp32
+LARGEST_OPERAND = tl.constexpr(32752.0)  # so that fp16 holds differences of two; conversions to 8 bits saturate
 LEAST_WEIGHT = tl.constexpr(MIN_IMPORTANCE)
-
-
-@triton.constexpr_function
-def _largest_number(dtype):
-    return {tl.float16: 65504.0, tl.float8e5: 57344.0, tl.float8e4nv: 448.0}[dtype]
+SECTOR = tl.constexpr(16)  # 16-bit numbers in the 32 bytes that memory hands out
 
 
 @triton.jit
 def _added(source, product, offset, step, inside, keep, has_earlier, ADJOINT: tl.constexpr):
-    """What each token of a tile adds to the state, of the product [rows, channels]: z σ(a), or g of before plus y."""
+    """What each token of a tile adds to the state, of the product [rows, channels]: z σ(a), or g of before plus y.
+
+    The product is y, or the logit a times MINUS_LOG2_E.
+    """
     if ADJOINT:
         return tl.load(source + offset - step, inside & has_earlier, other=0.0).to(tl.float32) + product * keep
     else:
-        return tl.load(source + offset, inside, other=0.0).to(tl.float32) * sigmoid(product)
+        return tl.load(source + offset, inside, other=0.0).to(tl.float32) * sigmoid_of_power(product)
 
 
 @triton.jit
 def _step_tile(
-    gamma, source, product, old_product, largest, largest_weight, factor, largest_factor, reset, initial, operand,
+    gamma, source, product, old_product, largest, factor, largest_factor, reset, initial, operand,
     subtracted, value, final, change, size, words, change_words, ticket, batch, length, shift,
     D: tl.constexpr, ADJOINT: tl.constexpr, INCREMENT: tl.constexpr, MEASURED: tl.constexpr, SUMMED: tl.constexpr,
-    WHOLE: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr, GROUP: tl.constexpr,
+    WHOLE: tl.constexpr, VECTOR: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """One tile [STEPS, BLOCK_D] of one iteration; see `step_kernel`. The rows are in the order of the scan.
 
@@ -55,7 +55,7 @@ def _step_tile(
     row = tl.arange(0, STEPS)
     direction: tl.constexpr = -1 if ADJOINT else 1
     first = b * length + (length - 1 - chunk * STEPS if ADJOINT else chunk * STEPS)
-    offset = (first * D + channel + shift)[None, :] + (row * (direction * D)).to(tl.int64)[:, None]
+    offset = (first * D + channel + shift * VECTOR)[None, :] + (row * (direction * D)).to(tl.int64)[:, None]
     inside = tl.full((STEPS, 1), True, tl.int1) if WHOLE else (chunk * STEPS + row < length)[:, None] & mask[None, :]
     has_earlier = (chunk * STEPS + row < length - 1)[:, None]
     keep = tl.full((STEPS, 1), 1.0, tl.float32)
@@ -66,21 +66,19 @@ def _step_tile(
     scale = 1.0
     if largest is not None:
         scale = power_of_two(tl.load(largest + b), HEADROOM)
-    unscale = 1.0 / scale
-    unscale_product = unscale
-    if largest_weight is not None:
-        unscale_product /= power_of_two(tl.load(largest_weight), HEADROOM_8_BIT)
+    unscale = (1.0 if ADJOINT else MINUS_LOG2_E) / scale  # the gate wants its logit with this factor
 
-    decays = tl.load(gamma + offset, inside, other=1.0).to(tl.float32) * keep
+    gammas = tl.load(gamma + offset, inside, other=1.0)
+    decays = gammas.to(tl.float32) * keep
     a = tl.zeros((STEPS, BLOCK_D), tl.float32)
     if product is not None:
-        a = tl.load(product + offset, inside, other=0.0).to(tl.float32) * unscale_product
+        a = tl.load(product + offset, inside, other=0.0).to(tl.float32) * unscale
     if old_product is not None:
         old_a = tl.load(old_product + offset, inside, other=0.0).to(tl.float32) * unscale
         if INCREMENT:
             a += old_a
             if SUMMED:
-                tl.store(old_product + offset, a * scale, inside)
+                tl.store(old_product + offset, a * (1.0 / unscale), inside)
     x = _added(source, a, offset, D, inside, keep, has_earlier, ADJOINT)
     decay, state = summarize_tile(decays, x)
     publish_tile(words, states, chunk, index, mask, decay, state)
@@ -88,8 +86,16 @@ def _step_tile(
         moved = x - _added(source, old_a, offset, D, inside, keep, has_earlier, ADJOINT)
         decay, delta = summarize_tile(decays, moved)
         publish_tile(change_words, states, chunk, index, mask, decay, delta)
+    if WHOLE and operand is not None:  # what is loaded after the wait for other tiles is on its way during it
+        sector = first_channel(ticket, D, BLOCK_D) + tl.arange(0, BLOCK_D // SECTOR) * SECTOR
+        ahead = (first * D + sector)[None, :] + (row * (direction * D)).to(tl.int64)[:, None]
+        if factor is not None:
+            fetch(factor + ahead)
+        if subtracted is not None:
+            fetch(subtracted + ahead)
     start = tl.load(initial + index, mask, other=0.0)
     start = look_back(words, states, chunk, chunks, index, mask, decay, state, start, GROUP)
+    decays = as_new(gammas).to(tl.float32) * keep
     before, after = scan_tile(decays, x, start)
 
     broken = False
@@ -109,14 +115,13 @@ def _step_tile(
         if largest is not None:
             if largest_factor is not None:
                 scale *= 1.0 / power_of_two(tl.load(largest_factor + b), HEADROOM)
-            limit = tl.where(broken, float("inf"), _largest_number(operand.dtype.element_ty))
+            if tl.max(tl.max(tl.where(inside, tl.abs(u), 0.0), 0)) * scale > LARGEST_OPERAND:
+                tl.atomic_max(change + b, INFINITY_BITS, sem="relaxed")  # must not pass for converged
+                limit = tl.where(broken, float("inf"), LARGEST_OPERAND / scale)
+                u = tl.clamp(u, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
             u *= scale
-            # what fp16 cannot hold must not pass for converged
-            if tl.max(tl.max(tl.where(inside, tl.abs(u), 0.0), 0)) > 65504.0:
-                tl.atomic_max(change + b, INFINITY_BITS, sem="relaxed")
             if subtracted is not None:
                 u -= tl.load(subtracted + offset, inside, other=0.0).to(tl.float32)
-            u = tl.clamp(u, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
         tl.store(operand + offset, u.to(operand.dtype.element_ty), inside)
     if MEASURED:
         tl.store(value + offset, (before if ADJOINT else after).to(value.dtype.element_ty), inside)
@@ -140,30 +145,40 @@ def _step_tile(
 
 
 # change and size are rows of one tensor: whether they are aligned depends on the batch, and nothing depends on that
+@triton.jit
+def _clear(words, count):
+    """Sets words to zero, together with all other programs."""
+    for start in range(tl.program_id(0) * 1024, count, tl.num_programs(0) * 1024):
+        at = start + tl.arange(0, 1024)
+        tl.store(words + at, 0, at < count)
+
+
 @triton.jit(do_not_specialize=["batch", "length", "shift"], do_not_specialize_on_alignment=["change", "size"])
 def step_kernel(
-    gamma, source, product, old_product, largest, largest_weight, factor, largest_factor, reset, initial, operand,
-    subtracted, value, final, change, size, words, change_words, batch, length, shift,
+    gamma, source, product, old_product, largest, factor, largest_factor, reset, initial, operand,
+    subtracted, value, final, change, size, words, change_words, stale_words, word_count, batch, length, shift,
     D: tl.constexpr, ADJOINT: tl.constexpr, INCREMENT: tl.constexpr, MEASURED: tl.constexpr, WHOLE: tl.constexpr,
-    BLOCK_D: tl.constexpr, STEPS: tl.constexpr, GROUP: tl.constexpr,
+    VECTOR: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """One iteration: scans with the gates of a product, and writes the operand of the next product.
 
     gamma, source (z, or the gradient of h), product, old_product, factor (s of the adjoint), operand and value are
     [batch, length, D]; reset [batch, length]; initial and final [batch, D] fp32; change and size [batch] int32, the
     bits of fp32 numbers. Without a product the gate is neutral (y is zero). INCREMENT: the product is what has to be
-    added to the old one. MEASURED: the change since the old product is measured, value and final are written, and a
-    sum takes the old product's place. subtracted: an operand relative to which this one is written. largest [batch],
-    largest_factor [batch], largest_weight [1]: what operands, the factor and the weight of this product are scaled by
-    (`operands_triton`); None for 1.
-    shift: zero, see `register_tiles`. WHOLE: tiles fill length and D. A program takes one tile, which stays in its
-    registers.
+    added to the old one. MEASURED: the change since the old product is measured, value and final are written.
+    operand: None if no product is to come. subtracted: an operand relative to which this one is written. largest,
+    largest_factor [batch]: what operands and the factor are scaled by (`operands_triton`); None for 1. stale_words:
+    `word_count` words of the iteration before, zeroed for the next one. WHOLE: tiles fill length and D. shift (zero)
+    and VECTOR, the channels of a thread that are next to each other: see `register_tiles`. A program takes one tile,
+    which stays in its registers.
     """
     _step_tile(
-        gamma, source, product, old_product, largest, largest_weight, factor, largest_factor, reset, initial, operand,
+        gamma, source, product, old_product, largest, factor, largest_factor, reset, initial, operand,
         subtracted, value, final, change, size, words + 4, change_words + 4, take_ticket(words), batch, length, shift,
-        D, ADJOINT, INCREMENT, MEASURED, False, WHOLE, BLOCK_D, STEPS, GROUP,
+        D, ADJOINT, INCREMENT, MEASURED, False, WHOLE, VECTOR, BLOCK_D, STEPS, GROUP,
     )  # fmt: skip
+    if stale_words is not None:
+        _clear(stale_words, word_count)
 
 
 @triton.jit
@@ -221,17 +236,9 @@ def _product_tile(
     tl.store(at, total.to(product.dtype.element_ty), mask=(m < tokens)[:, None] & (n < HEAD)[None, :])
 
 
-@triton.jit
-def _clear(words, count):
-    """Sets words to zero, together with all other programs."""
-    for start in range(tl.program_id(0) * 1024, count, tl.num_programs(0) * 1024):
-        at = start + tl.arange(0, 1024)
-        tl.store(words + at, 0, at < count)
-
-
 @triton.jit(do_not_specialize=["batch", "length", "shift"])
 def refine_kernel(
-    gamma, source, product, products, largest, largest_weight, matrix, factor, largest_factor, reset, initial, operand,
+    gamma, source, product, products, largest, matrix, factor, largest_factor, reset, initial, operand,
     value, final, changes, sizes, iterations, words, change_words, word_count, meeting, batch, length, shift, tolerance,
     planned, max_iterations, N_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr, D: tl.constexpr, HEAD: tl.constexpr,
     ADJOINT: tl.constexpr, INCREMENT: tl.constexpr, WHOLE: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr,
@@ -239,10 +246,10 @@ def refine_kernel(
 ):  # fmt: skip
     """Goes on iterating until every row has converged or the iterations are spent. All programs run at once.
 
-    product, largest_weight, INCREMENT: of the last planned iteration, as in `step_kernel`. products: [2, batch, length,
+    product, INCREMENT: of the last planned iteration, as in `step_kernel`. products: [2, batch, length,
     D]; the one of iteration n is at n mod 2, of the last planned one the sum, or what it is to be added to. changes,
     sizes: [max_iterations + 1, batch], of each iteration. iterations: [batch] int32, written: how many there have been.
-    words: zero when one begins.
+    words, change_words: `word_count` each, of anything.
     """
     program = tl.program_id(0)
     programs = tl.num_programs(0)
@@ -257,12 +264,15 @@ def refine_kernel(
         not _all_converged(changes + iteration * batch, sizes + iteration * batch, batch, tolerance)
     )
     if going_on:  # what the last planned iteration did not write, since mostly nobody needs it: its operand and sum
+        _clear(words, word_count)
+        _clear(change_words, word_count)
+        meetings = _meet(meeting, meetings)
         for tile in range(program, tiles, programs):
             _step_tile(
                 gamma, source, product, products + (planned % 2) * elements if INCREMENT else None, largest,
-                largest_weight, factor, largest_factor, reset, initial, operand, None, value, final,
+                factor, largest_factor, reset, initial, operand, None, value, final,
                 changes + (planned + 1) * batch, sizes, words + 4, change_words + 4, tile, batch, length, shift,
-                D, ADJOINT, INCREMENT, False, INCREMENT, WHOLE, BLOCK_D, STEPS, GROUP,
+                D, ADJOINT, INCREMENT, False, INCREMENT, WHOLE, 1, BLOCK_D, STEPS, GROUP,
             )  # fmt: skip
         meetings = _meet(meeting, meetings)
         _clear(words, word_count)
@@ -278,9 +288,9 @@ def refine_kernel(
         meetings = _meet(meeting, meetings)
         for tile in range(program, tiles, programs):
             _step_tile(
-                gamma, source, new, old, largest, None, factor, largest_factor, reset, initial, operand, None, value,
+                gamma, source, new, old, largest, factor, largest_factor, reset, initial, operand, None, value,
                 final, changes + iteration * batch, sizes + iteration * batch, words + 4, change_words + 4,
-                tile, batch, length, shift, D, ADJOINT, False, True, False, WHOLE, BLOCK_D, STEPS, GROUP,
+                tile, batch, length, shift, D, ADJOINT, False, True, False, WHOLE, 1, BLOCK_D, STEPS, GROUP,
             )  # fmt: skip
         meetings = _meet(meeting, meetings)
         _clear(words, word_count)

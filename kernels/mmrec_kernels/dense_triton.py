@@ -14,6 +14,7 @@ With W in 16 bit, operands are fp16 (scaled by a power of two, see `_Operands`) 
 bf16 would move the states by about 1e−3 of the largest one at every iteration, which then never settles within less.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -23,16 +24,17 @@ from mmrec_kernels.backend import interpreted
 from mmrec_kernels.checks import cdiv
 from mmrec_kernels.dense_kernels_triton import finish_kernel, gradient_kernel, refine_kernel, slope_kernel, step_kernel
 from mmrec_kernels.matmul import gate_weight_gradient
-from mmrec_kernels.operands_triton import converted_weight, largest_of, states_before
+from mmrec_kernels.operands_triton import converted_weight, find_largest, largest_of, states_before
 from mmrec_kernels.solver import SolverSettings
-from mmrec_kernels.time_tiles import GROUP, handoff_words, on_device
+from mmrec_kernels.time_tiles import GROUP, handoff_size, on_device
 
 PLANNED = {torch.float32: 8}  # iterations before the change is looked at, by the dtype of W; else 5
 WIDTH_8_BIT = 2048  # from this width on: below, a product costs less than rounding its operands
-CHANNELS = 32  # of a tile, per warp
+CHANNELS = 32  # of a tile, per warp; of 16-bit inputs twice as many
 STEPS = 64  # tokens of a tile
 STEPS_MEASURED = 32  # of the iteration that is measured, which holds twice as much
-STEP_WARPS = 4
+STEP_CHANNELS = 128
+MEASURED_REGISTERS = 168  # of a thread: three programs a multiprocessor are worth 13 numbers spilled
 
 
 class _Problem(NamedTuple):
@@ -85,7 +87,8 @@ class _Operands:
     which has none before it (e4m3).
     """
 
-    def __init__(self, problem: _Problem, planned: int, limit: int):
+    def __init__(self, problem: _Problem, planned: int, limit: int, largest: Tensor):
+        """`largest`: [B + 1] int32, zero."""
         source, matrix = problem.source, problem.matrix
         device = source.device
         self.matrix = matrix
@@ -93,17 +96,17 @@ class _Operands:
         self.largest: Tensor | None = None
         self.any_low = False  # whether every other planned product has 8-bit operands
         if matrix.dtype != torch.float32:
-            self.largest = largest_of(source, problem.initial)
+            self.largest = largest[:-1]
             # as many iterations as tokens make all of them exact, but not with 8 bits
             if planned > 2 and limit < source.shape[1] and _has_8_bit_products(problem):
                 self.any_low = True
-                self.largest_weight = largest_of(problem.weight.unsqueeze(0))
-                half, self.low_matrix = converted_weight(problem.weight, self.largest_weight, problem.adjoint)
+                find_largest(largest, source, problem.initial, problem.weight)
+                half, self.low_matrix, self.scale = converted_weight(problem.weight, largest[-1:], problem.adjoint)
                 self.matrix = (half.mT if problem.adjoint else half).unsqueeze(0)
-                self.one = torch.ones((), device=device)
                 self.low_operand = torch.empty(source.shape, dtype=torch.float8_e4m3fn, device=device)
                 self.low_product = torch.empty(source.shape, dtype=torch.bfloat16, device=device)
             else:
+                find_largest(self.largest, source, problem.initial)
                 self.matrix = matrix.to(torch.float16)
         self.operand = torch.empty(source.shape, dtype=self.matrix.dtype, device=device)
         self.products = torch.empty(2, *source.shape, dtype=torch.float32, device=device)
@@ -122,23 +125,31 @@ class _Operands:
         operand = self.low_operand if low else self.operand
         return operand.view(torch.float8_e5m2) if low and increment else operand, self.operand if increment else None
 
-    def product(self, n: int) -> tuple[Tensor, Tensor | None]:
-        """The product of iteration n ≥ 1, and what its matrix is scaled by (bits)."""
+    def product(self, n: int) -> Tensor:
+        """The product of iteration n ≥ 1."""
         if not self._low(n):
             # an increment is added to the one before it, there, and the iteration after that looks for it there
             place = n if self.largest is None else self.planned + self.increment(n)
             out = self.products[place % 2]
             if self.any_low and n < self.planned - 1:  # only the last whole product has to have more than 16 bits
                 out = out.flatten().view(torch.float16)[: out.numel()].view(out.shape)
-            return _multiply(self.operand, self.matrix, out), None
+            return _multiply(self.operand, self.matrix, out)
         operand, result = self.low_operand, self.low_product
         if self.increment(n):
             operand = operand.view(torch.float8_e5m2)
+        # sums of 14 bits are exact enough for operands of 3 and 4, and the product takes 179 instead of 188 us
         torch._scaled_mm(
-            operand.flatten(0, 1), self.low_matrix.T, self.one, self.one,
-            out_dtype=result.dtype, out=result.flatten(0, 1),
+            operand.flatten(0, 1), self.low_matrix.T, self.scale, self.scale,
+            out_dtype=result.dtype, out=result.flatten(0, 1), use_fast_accum=True,
         )  # fmt: skip
-        return result, self.largest_weight
+        return result
+
+
+def _zeros(device: torch.device, *shapes: tuple[int, ...]) -> list[Tensor]:
+    """Zeroed int32 tensors of these shapes, by one launch; each begins at a multiple of 16 bytes."""
+    sizes = [4 * cdiv(math.prod(shape), 4) for shape in shapes]
+    parts = torch.zeros(sum(sizes), dtype=torch.int32, device=device).split(sizes)
+    return [part[: math.prod(shape)].view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def _has_8_bit_products(problem: _Problem) -> bool:
@@ -155,43 +166,46 @@ def _solve(problem: _Problem, settings: SolverSettings) -> tuple[Tensor, Tensor]
     device = source.device
     limit = 0 if settings.solver == "sequential" else min(settings.max_iterations, length)
     planned = min(PLANNED.get(problem.weight.dtype, 5), limit)
-    operands = _Operands(problem, planned, limit)
-
+    word_count, measured_count = (handoff_size(length, batch * width, steps) for steps in (STEPS, STEPS_MEASURED))
     # bits of fp32; a row that nothing is known about has not converged
-    changes, sizes = torch.zeros(2, limit + 1, batch, dtype=torch.int32, device=device)
+    changes, sizes, largest, counters, words, measured_words = _zeros(
+        device, (limit + 1, batch), (limit + 1, batch), (batch + 1,), (2,), (2, word_count), (2, measured_count)
+    )
+    operands = _Operands(problem, planned, limit, largest)
     if limit == 0:
         changes.view(torch.float32).fill_(float("inf"))
         sizes.view(torch.float32).fill_(1.0)
-    words = handoff_words(planned + 2, length, batch * width, device, STEPS)  # the last two: refine_kernel's
-    measured_words = handoff_words(2, length, batch * width, device, STEPS_MEASURED)
     common = dict(
         gamma=problem.gamma, source=source, factor=problem.factor, largest_factor=problem.largest_factor,
         reset=problem.reset, initial=problem.initial, value=problem.value, final=problem.final, batch=batch,
         length=length, D=width, ADJOINT=problem.adjoint,
     )  # fmt: skip
-    tiling = dict(GROUP=GROUP, WHOLE=length % STEPS == 0 and width % (8 * CHANNELS) == 0, shift=0)
+    whole = length % STEPS == 0 and width % (8 * CHANNELS) == 0
+    tiling = dict(GROUP=GROUP, WHOLE=whole, shift=0, word_count=word_count)
+    # a register holds two 16-bit channels
+    vector = 2 if problem.gamma.element_size() == source.element_size() == 2 else 1
     product: Tensor | None = None
-    largest_weight: Tensor | None = None
     for n in range(planned + 1):
         old_product = product
         if n > 0:
-            product, largest_weight = operands.product(n)
+            product = operands.product(n)
         if n == planned == 1:
             old_product = operands.products[0].zero_()  # the neutral gate of the guess
         operand, subtracted = operands.after(n)
         measured = 0 < n == planned
-        steps, block_d = STEPS_MEASURED if measured else STEPS, STEP_WARPS * CHANNELS
-        step_kernel[(cdiv(length, steps) * batch * cdiv(width, block_d),)](
+        steps = STEPS_MEASURED if measured else STEPS
+        step_kernel[(cdiv(length, steps) * batch * cdiv(width, STEP_CHANNELS),)](
             **common, **tiling,
             product=product, old_product=old_product if measured or operands.increment(n) else None,
             INCREMENT=operands.increment(n), MEASURED=measured,
-            largest=operands.largest, largest_weight=largest_weight, operand=None if n == planned else operand,
+            largest=operands.largest, operand=None if n == planned else operand,
             subtracted=None if n == planned else subtracted, change=changes[planned], size=sizes[planned],
-            words=measured_words[0] if measured else words[n], change_words=measured_words[1],
-            STEPS=steps, BLOCK_D=block_d, num_warps=STEP_WARPS,
+            words=measured_words[0] if measured else words[n % 2], change_words=measured_words[1],
+            stale_words=words[(n + 1) % 2] if 0 < n < planned - 1 else None,
+            STEPS=steps, VECTOR=vector, BLOCK_D=STEP_CHANNELS, num_warps=STEP_CHANNELS // (CHANNELS * vector),
+            maxnreg=MEASURED_REGISTERS if measured and vector == 1 else None,
         )  # fmt: skip
 
-    counters = torch.zeros(2, dtype=torch.int32, device=device)
     iterations = torch.empty(batch, dtype=torch.int32, device=device)
     residuals = torch.empty(batch, dtype=torch.float32, device=device)
     programs, blocks = 1, _BLOCKS_INTERPRETED
@@ -206,9 +220,9 @@ def _solve(problem: _Problem, settings: SolverSettings) -> tuple[Tensor, Tensor]
     refine_kernel[(programs,)](
         **common, **tiling, **together,
         matrix=operands.matrix, N_STRIDE=n_stride, K_STRIDE=k_stride, product=product, products=operands.products,
-        largest=operands.largest, largest_weight=largest_weight, operand=operands.operand,
-        INCREMENT=operands.increment(planned), words=words[planned], change_words=words[planned + 1],
-        word_count=words.shape[1], meeting=counters[0], planned=planned, max_iterations=limit,
+        largest=operands.largest, operand=operands.operand,
+        INCREMENT=operands.increment(planned), words=words[0], change_words=words[1], meeting=counters[0],
+        planned=planned, max_iterations=limit,
         STEPS=STEPS, BLOCK_D=8 * CHANNELS, BLOCK_M=blocks[0], BLOCK_N=blocks[1], BLOCK_K=blocks[2], num_stages=3,
     )  # fmt: skip
     n_stride, k_stride = problem.matrix.stride()[1:]

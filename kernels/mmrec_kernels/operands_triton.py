@@ -38,26 +38,42 @@ def _largest_in(x, row, size, program, programs, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _largest_kernel(x, y, largest, x_size, y_size, BLOCK: tl.constexpr):
+def _largest_kernel(x, y, matrix, largest, x_size, y_size, matrix_size, x_programs, BLOCK: tl.constexpr):
     row = tl.program_id(1)
     program = tl.program_id(0)
-    most = _largest_in(x, row, x_size, program, tl.num_programs(0), BLOCK)
-    if y is not None:
-        most = tl.maximum(most, _largest_in(y, row, y_size, program, tl.num_programs(0), BLOCK))
-    tl.atomic_max(largest + row, most, sem="relaxed")
+    if program < x_programs:
+        most = _largest_in(x, row, x_size, program, x_programs, BLOCK)
+        if y is not None:
+            most = tl.maximum(most, _largest_in(y, row, y_size, program, x_programs, BLOCK))
+        tl.atomic_max(largest + row, most, sem="relaxed")
+    if matrix is not None and (program >= x_programs) & (row == 0):
+        most = _largest_in(matrix, row, matrix_size, program - x_programs, tl.num_programs(0) - x_programs, BLOCK)
+        tl.atomic_max(largest + tl.num_programs(1), most, sem="relaxed")
+
+
+def find_largest(largest: Tensor, x: Tensor, y: Tensor | None = None, matrix: Tensor | None = None) -> None:
+    """Writes the bits of the largest absolute value in each row of x and y, [B, ...], and then of a matrix.
+
+    All are contiguous; `largest` is [B] int32, [B + 1] with a matrix, and zero.
+    """
+    x_size, y_size = (0 if t is None else math.prod(t.shape[1:]) for t in (x, y))
+    matrix_size = 0 if matrix is None else matrix.numel()
+    x_programs, matrix_programs = (min(cdiv(size, 4096), 2048) for size in (x_size, matrix_size))
+    _largest_kernel[(x_programs + matrix_programs, len(x))](
+        x, y, matrix, largest, x_size, y_size, matrix_size, x_programs, BLOCK=4096
+    )  # fmt: skip
 
 
 def largest_of(x: Tensor, y: Tensor | None = None) -> Tensor:
     """[B] int32: the bits of the largest absolute value in each row of x and y, [B, ...], contiguous."""
     largest = torch.zeros(len(x), dtype=torch.int32, device=x.device)
-    x_size, y_size = (0 if t is None else math.prod(t.shape[1:]) for t in (x, y))
-    _largest_kernel[(min(cdiv(x_size, 4096), 2048), len(x))](x, y, largest, x_size, y_size, BLOCK=4096)
+    find_largest(largest, x, y)
     return largest
 
 
 @triton.jit
 def _weight_kernel(
-    weight, half, low, largest, SIZE: tl.constexpr, TRANSPOSED: tl.constexpr, BLOCK: tl.constexpr
+    weight, half, low, scale, largest, SIZE: tl.constexpr, TRANSPOSED: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """A square block of a matrix [SIZE, SIZE] in fp16 and, scaled and perhaps transposed, in 8 bits."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -66,22 +82,36 @@ def _weight_kernel(
     inside = (row < SIZE)[:, None] & (column < SIZE)[None, :]
     value = tl.load(weight + at, inside, other=0.0).to(tl.float32)
     tl.store(half + at, value.to(half.dtype.element_ty), inside)
-    value *= power_of_two(tl.load(largest), HEADROOM_8_BIT)
+    root = _even_root(power_of_two(tl.load(largest), HEADROOM_8_BIT))
+    tl.store(scale, 1.0 / root)  # all programs write the same
+    value *= root * root
     if TRANSPOSED:
         at = column[:, None] * SIZE + row[None, :]
         value, inside = tl.trans(value), tl.trans(inside)
     tl.store(low + at, value.to(low.dtype.element_ty), inside)
 
 
-def converted_weight(weight: Tensor, largest: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
-    """A 16-bit matrix [D, D] in fp16, and scaled (see `largest`, [1]) and perhaps transposed in e4m3."""
+@triton.jit
+def _even_root(power):
+    """The root of a power of two, or of half of it if that has one."""
+    exponent = (power.to(tl.int32, bitcast=True) >> 23) - 127
+    return (((exponent >> 1) + 127) << 23).to(tl.float32, bitcast=True)
+
+
+def converted_weight(weight: Tensor, largest: Tensor, transposed: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """A 16-bit matrix [D, D] in fp16, and scaled (see `largest`, [1]) and perhaps transposed in e4m3.
+
+    Returns:
+        half, low, scale: The square of scale (fp32) undoes the scaling of low.
+    """
     half = torch.empty_like(weight, dtype=torch.float16)
     low = torch.empty_like(weight, dtype=torch.float8_e4m3fn)
+    scale = torch.empty((), dtype=torch.float32, device=weight.device)
     blocks = cdiv(len(weight), 64)
     _weight_kernel[(blocks, blocks)](
-        weight, half, low, largest, SIZE=len(weight), TRANSPOSED=transposed, BLOCK=64
+        weight, half, low, scale, largest, SIZE=len(weight), TRANSPOSED=transposed, BLOCK=64
     )  # fmt: skip
-    return half, low
+    return half, low, scale
 
 
 @triton.jit

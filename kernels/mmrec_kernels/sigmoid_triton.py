@@ -14,12 +14,18 @@ MINUS_LOG2_E = tl.constexpr(-1.4426950408889634)
 
 
 @triton.jit
-def sigmoid(x):
-    """σ(x) of an fp32 tensor."""
+def sigmoid_of_power(x):
+    """σ(a) of an fp32 tensor x = MINUS_LOG2_E · a, for factors that can be multiplied by that beforehand."""
+    power = tl.exp2(x)
     if COMPILED:
-        power = tl.exp2(x * MINUS_LOG2_E)
         return tl.inline_asm_elementwise(
             "rcp.approx.ftz.f32 $0, $1;", "=f,f", (1.0 + power,), tl.float32, is_pure=True, pack=1
         )  # fmt: skip
     else:
-        return tl.sigmoid(x)
+        return 1.0 / (1.0 + power)
+
+
+@triton.jit
+def sigmoid(x):
+    """σ(x) of an fp32 tensor."""
+    return sigmoid_of_power(x * MINUS_LOG2_E)

@@ -33,11 +33,10 @@ STEPS = 64  # tokens of a tile
 GROUP = 5
 
 
-def handoff_words(scans: int, length: int, states: int, device: torch.device, steps: int) -> Tensor:
-    """Zeroed int32 words [scans, n] through which the tiles of a scan talk; the first 4 are for the ticket counter.
+def handoff_size(length: int, states: int, steps: int) -> int:
+    """How many int32 words the tiles of a scan talk through; the first 4 are for the ticket counter. Zero at first.
 
     Args:
-        scans: How many scans they are for.
         length: Tokens.
         states: Number of states that are scanned, B · D.
         steps: Tokens of a tile.
@@ -45,8 +44,7 @@ def handoff_words(scans: int, length: int, states: int, device: torch.device, st
     tiles = cdiv(length, steps)
     groups = cdiv(tiles, GROUP)
     supergroups = cdiv(groups, GROUP)
-    words = 4 + (2 * tiles + 2 * groups + supergroups) * states
-    return torch.zeros(scans, words, dtype=torch.int32, device=device)
+    return 4 + (2 * tiles + 2 * groups + supergroups) * states
 
 
 @triton.jit
@@ -86,7 +84,7 @@ def publish_tile(words, states, chunk, index, mask, decay, state):
     """Tells what a tile does to the states that enter it.
 
     Args:
-        words: From `handoff_words`, without the counter.
+        words: As many as `handoff_size` says, without the counter.
         states: Number of states that are scanned, B · D (int64).
         chunk: Number of the tile in the order of the scan.
         index: Which of the `states` the tile is about, int tensor of any shape; and their mask.
@@ -152,6 +150,13 @@ def tile_of_ticket(ticket, batch, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
+def first_channel(ticket, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The first channel of a ticket's tile."""
+    blocks: tl.constexpr = (WIDTH + BLOCK_D - 1) // BLOCK_D
+    return ticket % blocks * BLOCK_D
+
+
+@triton.jit
 def first_token(chunk, length, STEP: tl.constexpr, STEPS: tl.constexpr):
     """The token (int64) of a tile that the scan comes to first; STEP is −1 if it goes from the last one to token 0."""
     return (chunk * STEPS if STEP > 0 else length - 1 - chunk * STEPS).to(tl.int64)
@@ -208,7 +213,7 @@ def launch(kernel: Any, batch: int, length: int, width: int, device: torch.devic
     with on_device(device):
         kernel[(cdiv(length, STEPS) * batch * cdiv(width, block_d),)](
             **arguments,
-            words=handoff_words(1, length, batch * width, device, STEPS),
+            words=torch.zeros(handoff_size(length, batch * width, STEPS), dtype=torch.int32, device=device),
             batch=batch,
             length=length,
             shift=0,
