@@ -14,15 +14,14 @@ import triton.language as tl
 
 from mmrec_kernels.handoff import take_ticket
 from mmrec_kernels.operands_triton import HEADROOM, power_of_two, state_before
-from mmrec_kernels.register_tiles import as_new, fetch, last_row, scan_tile, summarize_tile
+from mmrec_kernels.register_tiles import as_new, last_row, scan_tile, summarize_tile
 from mmrec_kernels.sigmoid_triton import MINUS_LOG2_E, sigmoid, sigmoid_of_power
 from mmrec_kernels.solver import MIN_IMPORTANCE
-from mmrec_kernels.time_tiles import first_channel, look_back, publish_tile, tile_of_ticket
+from mmrec_kernels.time_tiles import look_back, publish_tile, tile_of_ticket
 
 INFINITY_BITS = tl.constexpr(0x7F800000)  # of fp32
 LARGEST_OPERAND = tl.constexpr(32752.0)  # so that fp16 holds differences of two; conversions to 8 bits saturate
 LEAST_WEIGHT = tl.constexpr(MIN_IMPORTANCE)
-SECTOR = tl.constexpr(16)  # 16-bit numbers in the 32 bytes that memory hands out
 
 
 @triton.jit
@@ -39,7 +38,7 @@ def _added(source, product, offset, step, inside, keep, has_earlier, ADJOINT: tl
 
 @triton.jit
 def _step_tile(
-    gamma, source, product, old_product, largest, factor, largest_factor, reset, initial, operand,
+    gamma, source, product, old_product, largest, poisoned, factor, largest_factor, reset, initial, operand,
     subtracted, value, final, change, size, words, change_words, ticket, batch, length, shift,
     D: tl.constexpr, ADJOINT: tl.constexpr, INCREMENT: tl.constexpr, MEASURED: tl.constexpr, SUMMED: tl.constexpr,
     WHOLE: tl.constexpr, VECTOR: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr, GROUP: tl.constexpr,
@@ -82,17 +81,15 @@ def _step_tile(
     x = _added(source, a, offset, D, inside, keep, has_earlier, ADJOINT)
     decay, state = summarize_tile(decays, x)
     publish_tile(words, states, chunk, index, mask, decay, state)
+    if product is None and largest is not None:
+        # Inf and NaN never leave a state
+        most = tl.max(tl.where(mask, state.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0), 0)
+        if most >= INFINITY_BITS:
+            tl.atomic_max(poisoned + b, 1, sem="relaxed")
     if MEASURED:
         moved = x - _added(source, old_a, offset, D, inside, keep, has_earlier, ADJOINT)
         decay, delta = summarize_tile(decays, moved)
         publish_tile(change_words, states, chunk, index, mask, decay, delta)
-    if WHOLE and operand is not None:  # what is loaded after the wait for other tiles is on its way during it
-        sector = first_channel(ticket, D, BLOCK_D) + tl.arange(0, BLOCK_D // SECTOR) * SECTOR
-        ahead = (first * D + sector)[None, :] + (row * (direction * D)).to(tl.int64)[:, None]
-        if factor is not None:
-            fetch(factor + ahead)
-        if subtracted is not None:
-            fetch(subtracted + ahead)
     start = tl.load(initial + index, mask, other=0.0)
     start = look_back(words, states, chunk, chunks, index, mask, decay, state, start, GROUP)
     decays = as_new(gammas).to(tl.float32) * keep
@@ -105,6 +102,8 @@ def _step_tile(
             largest_input = tl.maximum(largest_input, tl.load(largest_factor + b))
         # a row with Inf or NaN among its inputs keeps them, and has a residual of NaN, which ends its iteration
         broken = largest_input >= INFINITY_BITS
+        if product is not None:
+            broken |= tl.load(poisoned + b) != 0
         if broken:
             tl.atomic_max(change + b, INFINITY_BITS, sem="relaxed")
     if operand is not None:
@@ -145,18 +144,10 @@ def _step_tile(
 
 
 # change and size are rows of one tensor: whether they are aligned depends on the batch, and nothing depends on that
-@triton.jit
-def _clear(words, count):
-    """Sets words to zero, together with all other programs."""
-    for start in range(tl.program_id(0) * 1024, count, tl.num_programs(0) * 1024):
-        at = start + tl.arange(0, 1024)
-        tl.store(words + at, 0, at < count)
-
-
 @triton.jit(do_not_specialize=["batch", "length", "shift"], do_not_specialize_on_alignment=["change", "size"])
 def step_kernel(
-    gamma, source, product, old_product, largest, factor, largest_factor, reset, initial, operand,
-    subtracted, value, final, change, size, words, change_words, stale_words, word_count, batch, length, shift,
+    gamma, source, product, old_product, largest, poisoned, factor, largest_factor, reset, initial, operand,
+    subtracted, value, final, change, size, words, change_words, batch, length, shift,
     D: tl.constexpr, ADJOINT: tl.constexpr, INCREMENT: tl.constexpr, MEASURED: tl.constexpr, WHOLE: tl.constexpr,
     VECTOR: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -167,18 +158,16 @@ def step_kernel(
     bits of fp32 numbers. Without a product the gate is neutral (y is zero). INCREMENT: the product is what has to be
     added to the old one. MEASURED: the change since the old product is measured, value and final are written.
     operand: None if no product is to come. subtracted: an operand relative to which this one is written. largest,
-    largest_factor [batch]: what operands and the factor are scaled by (`operands_triton`); None for 1. stale_words:
-    `word_count` words of the iteration before, zeroed for the next one. WHOLE: tiles fill length and D. shift (zero)
-    and VECTOR, the channels of a thread that are next to each other: see `register_tiles`. A program takes one tile,
-    which stays in its registers.
+    largest_factor [batch]: what operands and the factor are scaled by (`operands_triton`); None for 1. poisoned
+    [batch]: not zero for a row with Inf or NaN in its source; written by the iteration without a product. WHOLE: tiles
+    fill length and D. shift (zero) and VECTOR, the channels of a thread that are next to each other: see
+    `register_tiles`. A program takes one tile, which stays in its registers.
     """
     _step_tile(
-        gamma, source, product, old_product, largest, factor, largest_factor, reset, initial, operand,
+        gamma, source, product, old_product, largest, poisoned, factor, largest_factor, reset, initial, operand,
         subtracted, value, final, change, size, words + 4, change_words + 4, take_ticket(words), batch, length, shift,
         D, ADJOINT, INCREMENT, MEASURED, False, WHOLE, VECTOR, BLOCK_D, STEPS, GROUP,
     )  # fmt: skip
-    if stale_words is not None:
-        _clear(stale_words, word_count)
 
 
 @triton.jit
@@ -236,9 +225,17 @@ def _product_tile(
     tl.store(at, total.to(product.dtype.element_ty), mask=(m < tokens)[:, None] & (n < HEAD)[None, :])
 
 
+@triton.jit
+def _clear(words, count):
+    """Sets words to zero, together with all other programs."""
+    for start in range(tl.program_id(0) * 1024, count, tl.num_programs(0) * 1024):
+        at = start + tl.arange(0, 1024)
+        tl.store(words + at, 0, at < count)
+
+
 @triton.jit(do_not_specialize=["batch", "length", "shift"])
 def refine_kernel(
-    gamma, source, product, products, largest, matrix, factor, largest_factor, reset, initial, operand,
+    gamma, source, product, products, largest, poisoned, matrix, factor, largest_factor, reset, initial, operand,
     value, final, changes, sizes, iterations, words, change_words, word_count, meeting, batch, length, shift, tolerance,
     planned, max_iterations, N_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr, D: tl.constexpr, HEAD: tl.constexpr,
     ADJOINT: tl.constexpr, INCREMENT: tl.constexpr, WHOLE: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr,
@@ -249,7 +246,7 @@ def refine_kernel(
     product, INCREMENT: of the last planned iteration, as in `step_kernel`. products: [2, batch, length,
     D]; the one of iteration n is at n mod 2, of the last planned one the sum, or what it is to be added to. changes,
     sizes: [max_iterations + 1, batch], of each iteration. iterations: [batch] int32, written: how many there have been.
-    words, change_words: `word_count` each, of anything.
+    words, change_words: `word_count` each, zero.
     """
     program = tl.program_id(0)
     programs = tl.num_programs(0)
@@ -264,13 +261,10 @@ def refine_kernel(
         not _all_converged(changes + iteration * batch, sizes + iteration * batch, batch, tolerance)
     )
     if going_on:  # what the last planned iteration did not write, since mostly nobody needs it: its operand and sum
-        _clear(words, word_count)
-        _clear(change_words, word_count)
-        meetings = _meet(meeting, meetings)
         for tile in range(program, tiles, programs):
             _step_tile(
                 gamma, source, product, products + (planned % 2) * elements if INCREMENT else None, largest,
-                factor, largest_factor, reset, initial, operand, None, value, final,
+                poisoned, factor, largest_factor, reset, initial, operand, None, value, final,
                 changes + (planned + 1) * batch, sizes, words + 4, change_words + 4, tile, batch, length, shift,
                 D, ADJOINT, INCREMENT, False, INCREMENT, WHOLE, 1, BLOCK_D, STEPS, GROUP,
             )  # fmt: skip
@@ -288,8 +282,8 @@ def refine_kernel(
         meetings = _meet(meeting, meetings)
         for tile in range(program, tiles, programs):
             _step_tile(
-                gamma, source, new, old, largest, factor, largest_factor, reset, initial, operand, None, value,
-                final, changes + iteration * batch, sizes + iteration * batch, words + 4, change_words + 4,
+                gamma, source, new, old, largest, poisoned, factor, largest_factor, reset, initial, operand, None,
+                value, final, changes + iteration * batch, sizes + iteration * batch, words + 4, change_words + 4,
                 tile, batch, length, shift, D, ADJOINT, False, True, False, WHOLE, 1, BLOCK_D, STEPS, GROUP,
             )  # fmt: skip
         meetings = _meet(meeting, meetings)

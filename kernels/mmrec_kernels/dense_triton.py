@@ -31,6 +31,7 @@ from mmrec_kernels.time_tiles import GROUP, handoff_size, on_device
 PLANNED = {torch.float32: 8}  # iterations before the change is looked at, by the dtype of W; else 5
 WIDTH_8_BIT = 2048  # from this width on: below, a product costs less than rounding its operands
 CHANNELS = 32  # of a tile, per warp; of 16-bit inputs twice as many
+SAMPLED = 16  # one of so many tokens says how forward operands are scaled
 STEPS = 64  # tokens of a tile
 STEPS_MEASURED = 32  # of the iteration that is measured, which holds twice as much
 STEP_CHANNELS = 128
@@ -79,7 +80,7 @@ class _Operands:
     """Operands of the products, and the products.
 
     With W in 16 bit, operands are scaled, by row, by the power of two that brings the recurrence's largest input near
-    2^HEADROOM; scales stay on the device. fp32 operands are taken as they are.
+    2^HEADROOM, as far as some of its tokens tell; scales stay on the device. fp32 operands are taken as they are.
 
     The last planned product of such operands is an increment: that of what has changed since the product before, to
     which it is added, so that the rounding of whole operands does not reach the result. Wide layers have every other
@@ -100,13 +101,13 @@ class _Operands:
             # as many iterations as tokens make all of them exact, but not with 8 bits
             if planned > 2 and limit < source.shape[1] and _has_8_bit_products(problem):
                 self.any_low = True
-                find_largest(largest, source, problem.initial, problem.weight)
+                find_largest(largest, _sample(problem), problem.initial, problem.weight)
                 half, self.low_matrix, self.scale = converted_weight(problem.weight, largest[-1:], problem.adjoint)
                 self.matrix = (half.mT if problem.adjoint else half).unsqueeze(0)
                 self.low_operand = torch.empty(source.shape, dtype=torch.float8_e4m3fn, device=device)
                 self.low_product = torch.empty(source.shape, dtype=torch.bfloat16, device=device)
             else:
-                find_largest(self.largest, source, problem.initial)
+                find_largest(self.largest, _sample(problem), problem.initial)
                 self.matrix = matrix.to(torch.float16)
         self.operand = torch.empty(source.shape, dtype=self.matrix.dtype, device=device)
         self.products = torch.empty(2, *source.shape, dtype=torch.float32, device=device)
@@ -145,6 +146,15 @@ class _Operands:
         return result
 
 
+def _sample(problem: _Problem) -> Tensor:
+    """The tokens whose largest number says how to scale operands [B, n, D].
+
+    Not all of them forward, which saves reading z once more: fp16 holds numbers 2000 times as large, and what it does
+    not hold is finished exactly. Gradients may be of a few tokens only.
+    """
+    return problem.source if problem.adjoint else problem.source[:, ::SAMPLED]
+
+
 def _zeros(device: torch.device, *shapes: tuple[int, ...]) -> list[Tensor]:
     """Zeroed int32 tensors of these shapes, by one launch; each begins at a multiple of 16 bytes."""
     sizes = [4 * cdiv(math.prod(shape), 4) for shape in shapes]
@@ -168,9 +178,11 @@ def _solve(problem: _Problem, settings: SolverSettings) -> tuple[Tensor, Tensor]
     planned = min(PLANNED.get(problem.weight.dtype, 5), limit)
     word_count, measured_count = (handoff_size(length, batch * width, steps) for steps in (STEPS, STEPS_MEASURED))
     # bits of fp32; a row that nothing is known about has not converged
-    changes, sizes, largest, counters, words, measured_words = _zeros(
-        device, (limit + 1, batch), (limit + 1, batch), (batch + 1,), (2,), (2, word_count), (2, measured_count)
-    )
+    # the last two of the words are refine_kernel's
+    changes, sizes, largest, poisoned, counters, words, measured_words = _zeros(
+        device, (limit + 1, batch), (limit + 1, batch), (batch + 1,), (batch,), (2,), (planned + 2, word_count),
+        (2, measured_count),
+    )  # fmt: skip
     operands = _Operands(problem, planned, limit, largest)
     if limit == 0:
         changes.view(torch.float32).fill_(float("inf"))
@@ -180,8 +192,7 @@ def _solve(problem: _Problem, settings: SolverSettings) -> tuple[Tensor, Tensor]
         reset=problem.reset, initial=problem.initial, value=problem.value, final=problem.final, batch=batch,
         length=length, D=width, ADJOINT=problem.adjoint,
     )  # fmt: skip
-    whole = length % STEPS == 0 and width % (8 * CHANNELS) == 0
-    tiling = dict(GROUP=GROUP, WHOLE=whole, shift=0, word_count=word_count)
+    tiling = dict(GROUP=GROUP, WHOLE=length % STEPS == 0 and width % (8 * CHANNELS) == 0, shift=0)
     # a register holds two 16-bit channels
     vector = 2 if problem.gamma.element_size() == source.element_size() == 2 else 1
     product: Tensor | None = None
@@ -198,10 +209,9 @@ def _solve(problem: _Problem, settings: SolverSettings) -> tuple[Tensor, Tensor]
             **common, **tiling,
             product=product, old_product=old_product if measured or operands.increment(n) else None,
             INCREMENT=operands.increment(n), MEASURED=measured,
-            largest=operands.largest, operand=None if n == planned else operand,
+            largest=operands.largest, poisoned=poisoned, operand=None if n == planned else operand,
             subtracted=None if n == planned else subtracted, change=changes[planned], size=sizes[planned],
-            words=measured_words[0] if measured else words[n % 2], change_words=measured_words[1],
-            stale_words=words[(n + 1) % 2] if 0 < n < planned - 1 else None,
+            words=measured_words[0] if measured else words[n], change_words=measured_words[1],
             STEPS=steps, VECTOR=vector, BLOCK_D=STEP_CHANNELS, num_warps=STEP_CHANNELS // (CHANNELS * vector),
             maxnreg=MEASURED_REGISTERS if measured and vector == 1 else None,
         )  # fmt: skip
@@ -220,9 +230,9 @@ def _solve(problem: _Problem, settings: SolverSettings) -> tuple[Tensor, Tensor]
     refine_kernel[(programs,)](
         **common, **tiling, **together,
         matrix=operands.matrix, N_STRIDE=n_stride, K_STRIDE=k_stride, product=product, products=operands.products,
-        largest=operands.largest, operand=operands.operand,
-        INCREMENT=operands.increment(planned), words=words[0], change_words=words[1], meeting=counters[0],
-        planned=planned, max_iterations=limit,
+        largest=operands.largest, poisoned=poisoned, operand=operands.operand,
+        INCREMENT=operands.increment(planned), words=words[planned], change_words=words[planned + 1],
+        word_count=word_count, meeting=counters[0], planned=planned, max_iterations=limit,
         STEPS=STEPS, BLOCK_D=8 * CHANNELS, BLOCK_M=blocks[0], BLOCK_N=blocks[1], BLOCK_K=blocks[2], num_stages=3,
     )  # fmt: skip
     n_stride, k_stride = problem.matrix.stride()[1:]

@@ -4,8 +4,6 @@ The largest absolute value is kept as the bits of an fp32 number (int32): those 
 comes after all of them.
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -27,51 +25,55 @@ def power_of_two(largest, headroom: tl.constexpr):
 
 
 @triton.jit
-def _largest_in(x, row, size, program, programs, BLOCK: tl.constexpr):
-    """The bits of the largest absolute value of a row of x, in every programs-th block from `program` on."""
+def _largest_in(x, rows, stride, program, programs, D: tl.constexpr, BLOCK: tl.constexpr):
+    """The bits of the largest absolute value of every programs-th of `rows` rows from `program` on."""
     most = tl.zeros((BLOCK,), tl.int32)
-    for start in range(program * BLOCK, size, programs * BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        value = tl.load(x + row.to(tl.int64) * size + at, at < size, other=0.0).to(tl.float32)
-        most = tl.maximum(most, value.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+    for row in range(program, rows, programs):
+        for start in tl.static_range(0, D, BLOCK):
+            channel = start + tl.arange(0, BLOCK)
+            value = tl.load(x + tl.cast(row, tl.int64) * stride + channel, channel < D, other=0.0).to(tl.float32)
+            most = tl.maximum(most, value.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
     return tl.max(most, 0)
 
 
-@triton.jit
-def _largest_kernel(x, y, matrix, largest, x_size, y_size, matrix_size, x_programs, BLOCK: tl.constexpr):
-    row = tl.program_id(1)
+@triton.jit(do_not_specialize=["tokens", "programs"])
+def _largest_kernel(
+    x, initial, matrix, largest, tokens, stride, programs, x_batch: tl.int64, D: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     program = tl.program_id(0)
-    if program < x_programs:
-        most = _largest_in(x, row, x_size, program, x_programs, BLOCK)
-        if y is not None:
-            most = tl.maximum(most, _largest_in(y, row, y_size, program, x_programs, BLOCK))
-        tl.atomic_max(largest + row, most, sem="relaxed")
-    if matrix is not None and (program >= x_programs) & (row == 0):
-        most = _largest_in(matrix, row, matrix_size, program - x_programs, tl.num_programs(0) - x_programs, BLOCK)
+    b = tl.program_id(1).to(tl.int64)
+    if program < programs:
+        most = _largest_in(x + b * x_batch, tokens, stride, program, programs, D, BLOCK)
+        if initial is not None and program == 0:
+            most = tl.maximum(most, _largest_in(initial + b * D, 1, stride, program, programs, D, BLOCK))
+        tl.atomic_max(largest + b, most, sem="relaxed")
+    if matrix is not None and (program >= programs) & (b == 0):
+        others = tl.num_programs(0) - programs
+        most = _largest_in(matrix, D, D, program - programs, others, D, BLOCK)
         tl.atomic_max(largest + tl.num_programs(1), most, sem="relaxed")
 
 
-def find_largest(largest: Tensor, x: Tensor, y: Tensor | None = None, matrix: Tensor | None = None) -> None:
-    """Writes the bits of the largest absolute value in each row of x and y, [B, ...], and then of a matrix.
+def find_largest(largest: Tensor, x: Tensor, initial: Tensor | None = None, matrix: Tensor | None = None) -> None:
+    """Writes the bits of the largest absolute value of x [B, T, D] and the initial states [B, D], for each row of the
+    batch, and then that of a matrix [D, D].
 
-    All are contiguous; `largest` is [B] int32, [B + 1] with a matrix, and zero.
+    `largest` is [B] int32, [B + 1] with a matrix, and zero. Only the tokens of x may lie apart.
     """
-    x_size, y_size = (0 if t is None else math.prod(t.shape[1:]) for t in (x, y))
-    matrix_size = 0 if matrix is None else matrix.numel()
-    x_programs, matrix_programs = (min(cdiv(size, 4096), 2048) for size in (x_size, matrix_size))
-    _largest_kernel[(x_programs + matrix_programs, len(x))](
-        x, y, matrix, largest, x_size, y_size, matrix_size, x_programs, BLOCK=4096
+    batch, tokens, width = x.shape
+    programs, others = min(tokens, 2048), 0 if matrix is None else min(width, 2048)
+    _largest_kernel[(programs + others, batch)](
+        x, initial, matrix, largest, tokens, x.stride(1), programs, x.stride(0), D=width, BLOCK=1024
     )  # fmt: skip
 
 
-def largest_of(x: Tensor, y: Tensor | None = None) -> Tensor:
-    """[B] int32: the bits of the largest absolute value in each row of x and y, [B, ...], contiguous."""
+def largest_of(x: Tensor, initial: Tensor | None = None) -> Tensor:
+    """[B] int32: what `find_largest` writes."""
     largest = torch.zeros(len(x), dtype=torch.int32, device=x.device)
-    find_largest(largest, x, y)
+    find_largest(largest, x, initial)
     return largest
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["largest"])
 def _weight_kernel(
     weight, half, low, scale, largest, SIZE: tl.constexpr, TRANSPOSED: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -83,7 +85,7 @@ def _weight_kernel(
     value = tl.load(weight + at, inside, other=0.0).to(tl.float32)
     tl.store(half + at, value.to(half.dtype.element_ty), inside)
     root = _even_root(power_of_two(tl.load(largest), HEADROOM_8_BIT))
-    tl.store(scale, 1.0 / root)  # all programs write the same
+    tl.store(scale, 1.0 / root, mask=(tl.program_id(0) == 0) & (tl.program_id(1) == 0))
     value *= root * root
     if TRANSPOSED:
         at = column[:, None] * SIZE + row[None, :]

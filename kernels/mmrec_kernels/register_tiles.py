@@ -79,12 +79,3 @@ def as_new(x):
         return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", (x,), x.dtype, is_pure=False, pack=1)
     else:
         return x
-
-
-@triton.jit
-def fetch(places):
-    """Asks for what is at these addresses, so that it is in the L2 cache when somebody loads it."""
-    if COMPILED:
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", (places,), tl.int32, is_pure=False, pack=1
-        )  # fmt: skip

@@ -150,13 +150,6 @@ def tile_of_ticket(ticket, batch, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def first_channel(ticket, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The first channel of a ticket's tile."""
-    blocks: tl.constexpr = (WIDTH + BLOCK_D - 1) // BLOCK_D
-    return ticket % blocks * BLOCK_D
-
-
-@triton.jit
 def first_token(chunk, length, STEP: tl.constexpr, STEPS: tl.constexpr):
     """The token (int64) of a tile that the scan comes to first; STEP is −1 if it goes from the last one to token 0."""
     return (chunk * STEPS if STEP > 0 else length - 1 - chunk * STEPS).to(tl.int64)

@@ -46,7 +46,7 @@ def problem(batch, heads, length, slots, window, carried, seed, *, banks=None, p
 
 
 def run(function, tensors, options):
-    leaves = {name: t.detach().clone().requires_grad_() for name, t in tensors.items()}
+    leaves = {name: t.detach().requires_grad_() for name, t in tensors.items()}
     out, lse = function(**leaves, **options)
     loss = (out * out.detach().cos()).sum() + torch.where(lse.isinf(), 0.0, lse).sin().sum()
     return [out, lse, *torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)]
@@ -111,6 +111,21 @@ def test_channels_that_are_not_next_to_each_other(shape, backend, device):
     expected = run(reference.memory_attention, tensors, options)
     turned = {name: t.mT.contiguous().mT for name, t in to(device, tensors, torch.float32).items()}
     actual = run(memory_attention, turned, options_on(device, options))
+    for a, e in zip(actual, expected, strict=True):
+        assert relative_error(a, e) < 1e-5
+
+
+@pytest.mark.parametrize("shape", ["odd", "pages"])
+def test_rows_that_begin_anywhere_in_memory(shape, backend, device):
+    """Tiles of keys are asked for at multiples of 16 bytes."""
+    tensors, options = problem(**SHAPES[shape], seed=3)
+    expected = run(reference.memory_attention, tensors, options)
+    shifted = {}
+    for name, t in to(device, tensors, torch.float32).items():
+        wider = torch.full((*t.shape[:-1], t.shape[-1] + 3), float("nan"), device=t.device)
+        shifted[name] = wider[..., 1:-2]
+        shifted[name].copy_(t)
+    actual = run(memory_attention, shifted, options_on(device, options))
     for a, e in zip(actual, expected, strict=True):
         assert relative_error(a, e) < 1e-5
 

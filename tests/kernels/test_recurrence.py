@@ -410,6 +410,20 @@ def test_16_bit_gates_of_nothing_and_of_large_states(heads, backend, device):
         assert relative_error(result.final_state[b], final[b]) < 2e-3
 
 
+@pytest.mark.parametrize("size, converges", [(30.0, True), (1e5, False)])
+def test_a_token_far_above_those_that_operands_are_scaled_by(backend, device, size, converges):
+    z, gamma, weight, initial, _ = problem(1, 20, 16, seed=23)
+    z[0, 9] *= size
+    weight = weight.half().double()
+    inputs = cast([z, gamma, weight, initial], device, *[torch.float32] * 2, torch.float16, torch.float32)
+    result = gated_recurrence(*inputs, tol=1e-3)
+    expected, final = reference.gated_recurrence(z, gamma, weight, initial)
+    finished = backend == "triton" and not converges
+    assert (result.iterations.item() == 20) == finished and result.residual.item() <= 1e-3
+    limit = 1e-5 if finished else 1e-3
+    assert relative_error(result.h, expected) < limit and relative_error(result.final_state, final) < limit
+
+
 @pytest.mark.parametrize("heads", [None, 2])
 def test_16_bit_gradients_through_the_final_state_only(heads, backend, device):
     *inputs, _ = problem(2, 20, 32, heads, seed=22)
