@@ -157,7 +157,7 @@ def step_kernel(
     [batch, length, D]; reset [batch, length]; initial and final [batch, D] fp32; change and size [batch] int32, the
     bits of fp32 numbers. Without a product the gate is neutral (y is zero). INCREMENT: the product is what has to be
     added to the old one. MEASURED: the change since the old product is measured, value and final are written.
-    operand: None if no product is to come. subtracted: an operand relative to which this one is written. largest,
+    operand: None if none is to be written. subtracted: an operand relative to which this one is written. largest,
     largest_factor [batch]: what operands and the factor are scaled by (`operands_triton`); None for 1. poisoned
     [batch]: not zero for a row with Inf or NaN in its source; written by the iteration without a product. WHOLE: tiles
     fill length and D. shift (zero) and VECTOR, the channels of a thread that are next to each other: see

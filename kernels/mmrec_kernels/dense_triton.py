@@ -32,6 +32,7 @@ PLANNED = {torch.float32: 8}  # iterations before the change is looked at, by th
 WIDTH_8_BIT = 2048  # from this width on: below, a product costs less than rounding its operands
 CHANNELS = 32  # of a tile, per warp; of 16-bit inputs twice as many
 SAMPLED = 16  # one of so many tokens says how forward operands are scaled
+SAMPLED_AT_LEAST = 64  # tokens, if there are so many
 STEPS = 64  # tokens of a tile
 STEPS_MEASURED = 32  # of the iteration that is measured, which holds twice as much
 STEP_CHANNELS = 128
@@ -152,7 +153,8 @@ def _sample(problem: _Problem) -> Tensor:
     Not all of them forward, which saves reading z once more: fp16 holds numbers 2000 times as large, and what it does
     not hold is finished exactly. Gradients may be of a few tokens only.
     """
-    return problem.source if problem.adjoint else problem.source[:, ::SAMPLED]
+    source = problem.source
+    return source if problem.adjoint else source[:, :: max(1, min(SAMPLED, source.shape[1] // SAMPLED_AT_LEAST))]
 
 
 def _zeros(device: torch.device, *shapes: tuple[int, ...]) -> list[Tensor]:
@@ -163,8 +165,8 @@ def _zeros(device: torch.device, *shapes: tuple[int, ...]) -> list[Tensor]:
 
 
 def _has_8_bit_products(problem: _Problem) -> bool:
-    heads, width, _ = problem.matrix.shape
-    if interpreted() or heads > 1 or width < WIDTH_8_BIT or width % 16:
+    width = problem.weight.shape[-1]
+    if interpreted() or problem.weight.dim() == 3 or width < WIDTH_8_BIT or width % 16:
         return False
     return torch.cuda.get_device_capability(problem.source.device) >= (8, 9)
 
@@ -177,14 +179,13 @@ def _solve(problem: _Problem, settings: SolverSettings) -> tuple[Tensor, Tensor]
     limit = 0 if settings.solver == "sequential" else min(settings.max_iterations, length)
     planned = min(PLANNED.get(problem.weight.dtype, 5), limit)
     word_count, measured_count = (handoff_size(length, batch * width, steps) for steps in (STEPS, STEPS_MEASURED))
-    # bits of fp32; a row that nothing is known about has not converged
-    # the last two of the words are refine_kernel's
+    # changes and sizes are bits of fp32; the last two of the words are refine_kernel's
     changes, sizes, largest, poisoned, counters, words, measured_words = _zeros(
         device, (limit + 1, batch), (limit + 1, batch), (batch + 1,), (batch,), (2,), (planned + 2, word_count),
         (2, measured_count),
     )  # fmt: skip
     operands = _Operands(problem, planned, limit, largest)
-    if limit == 0:
+    if limit == 0:  # a row that nothing is known about has not converged
         changes.view(torch.float32).fill_(float("inf"))
         sizes.view(torch.float32).fill_(1.0)
     common = dict(

@@ -11,16 +11,16 @@ from torch import Tensor
 
 from mmrec_kernels.checks import cdiv
 
-HEADROOM = tl.constexpr(4)  # states are scaled to at most 2⁴: fp16 holds 4000 times as much
+HEADROOM = tl.constexpr(4)  # states are scaled to at most 2⁴: operands may be 2000 times as large
 HEADROOM_8_BIT = tl.constexpr(8)  # weights to at most 2⁸, of the 448 that e4m3 holds
 
 
 @triton.jit
 def power_of_two(largest, headroom: tl.constexpr):
-    """The power of two that brings the number with these bits to at most 2^headroom; 1 if it is Inf or NaN."""
+    """The power of two that brings the number with these bits to at most 2^headroom; 1 if it is 0, Inf or NaN."""
     exponent = (largest >> 23) - 127
     power = tl.minimum(tl.maximum(-1 - exponent + headroom, -100), 100)
-    power = tl.where(exponent == 128, 0, power)
+    power = tl.where((exponent == 128) | (largest == 0), 0, power)
     return ((power + 127) << 23).to(tl.float32, bitcast=True)
 
 

@@ -68,7 +68,7 @@ def test_fp32_with_gradients(width, heads, batch, length):
         assert relative_error(actual, expected) < 1e-5
 
 
-@pytest.mark.parametrize("width, heads", [*WIDTHS, (256, 16), (64, 4)])
+@pytest.mark.parametrize("width, heads", [*WIDTHS, (256, 16), (64, 4), (2048, 1)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_is_within_twice_the_error_of_pytorch(monkeypatch, width, heads, dtype):
     arguments = problem(2, 4096, width, heads, dtype, resets=0.002)
