@@ -24,4 +24,5 @@ def backend(request, monkeypatch):
             monkeypatch.setattr(module, "CHANNELS", 4)
             monkeypatch.setattr(module, "STEPS", 16)
         monkeypatch.setattr(dense_triton, "STEPS_MEASURED", 8)
+        monkeypatch.setattr(dense_triton, "STEP_CHANNELS", 16)
     return request.param
