@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.partition_parameters import Init
 
 from mmrec_train.config.yaml_file import by_dotted_key
 from mmrec_train.errors import UserError
@@ -120,3 +121,20 @@ def _check_port(port: int) -> None:
                 f"port {port}, where the ranks were to meet, cannot be used ({error.strerror}); "
                 "another run may hold it: pass another one to the launcher, `deepspeed --master_port PORT …`"
             ) from error
+
+
+_chosen_by_deepspeed = Init._set_dtype
+
+
+def _set_dtype(init: Any, ds_config: Any, dtype: torch.dtype | None) -> None:
+    """What ZeRO-3's partitions and their NVMe files are of: the dtype that it is told, if any.
+
+    On CPUs without fp16 instructions DeepSpeed 0.19.8 would take bf16 instead (`dtype or fp16 if …` binds the other way
+    round than meant), and swap fp32 weights through buffers of half the size.
+    """
+    _chosen_by_deepspeed(init, ds_config, dtype)
+    if dtype is not None:
+        init.dtype = dtype
+
+
+Init._set_dtype = _set_dtype
