@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 from safetensors.torch import load_file
 
 from tests.trainer import ranks
@@ -22,6 +23,8 @@ def test_learns_and_resumes_to_the_bit(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if precision == "fp16" and not get_accelerator().is_fp16_supported():
+        pytest.skip("this CPU cannot train in fp16, and tests/config/test_checks.py shows that this is said")
     pretrain = Command(config_file, capsys, monkeypatch)
     settings = [f"deepspeed.config=ds_configs/{strategy}.json", f"train.precision={precision}", "train.steps=12"]
     settings += ["checkpoint.every=6", "train.global_batch_size=2", "train.validate_every=0", "logging.sample_tokens=0"]
