@@ -77,23 +77,24 @@ def finish(processes, timeout=280):
 
 def run(config, overrides=(), *, world_size=2, resume="auto", port=None):
     """Runs to the end and expects success; returns rank 0's output."""
-    return _expect_success(start(config, overrides, world_size=world_size, resume=resume, port=port))
+    return expect_success(start(config, overrides, world_size=world_size, resume=resume, port=port))
 
 
-def run_in_turn(config, runs, *, world_size=2):
-    """As `run` for each of the overrides, in the same processes."""
-    arguments = [str(config), json.dumps([(free_port(), overrides) for overrides in runs])]
-    _expect_success(_start([["-m", "tests.trainer.in_turn", *arguments]] * world_size, 0))
+def start_in_turn(config, runs, *, code=0, world_size=2):
+    """Starts ranks that do a run for each of the overrides, one after another; each has to return that code."""
+    arguments = [str(config), json.dumps([(free_port(), overrides) for overrides in runs]), str(code)]
+    return _start([["-m", "tests.trainer.in_turn", *arguments]] * world_size, 0)
 
 
-def _expect_success(processes):
+def expect_success(processes):
+    """Waits until the ranks have ended well; returns rank 0's output."""
     codes, outputs = finish(processes)
     assert codes == [0] * len(processes), "\n".join(outputs)
     return outputs[0]
 
 
 def stop_after(processes, run_dir, step, number=signal.SIGTERM):
-    """Sends a signal to the last rank once that step is logged."""
+    """Sends a signal to the last rank once that step is logged. What the ranks print until then has to fit a pipe."""
     metrics = Path(run_dir) / "metrics.jsonl"
     while not (metrics.exists() and f'"step": {step},' in metrics.read_text()):
         assert all(p.poll() is None for p in processes), finish(processes)

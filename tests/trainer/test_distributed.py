@@ -1,7 +1,13 @@
-"""Ranks that find each other."""
+"""Ranks that find each other, and what they take from DeepSpeed."""
 
 from pathlib import Path
 
+import pytest
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.partition_parameters import Init
+
+import mmrec_train.trainer.distributed  # noqa: F401  (mends Init)
 from mmrec_train.errors import EXIT_USER_ERROR
 from tests.trainer import ranks
 from tests.trainer.command import Result
@@ -20,3 +26,14 @@ def test_ranks_of_different_runs_are_refused(tmp_path: Path, dataset: Path, conf
     assert f"data.path is {other} there and {dataset} on rank 0" in message
     assert message.count("documents.training.main is ") == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("cpu_has_fp16", [True, False])
+def test_partitions_are_of_the_dtype_asked_for(
+    cpu_has_fp16: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: cpu_has_fp16)
+    init = object.__new__(Init)  # as it is at the beginning of its __init__
+    init._set_dtype(None, dtype)
+    assert init.dtype == dtype

@@ -8,6 +8,7 @@ from tests.trainer import ranks
 from tests.trainer.plain import LIMITS, plain_losses
 from tests.trainer.runs import write_config
 
+STEPS = ["train.steps=12"]
 # DeepSpeed swaps only what has at least a MiB, so this takes a larger model; fewer steps make up for it
 SWAPPED = ["model.hidden_dim=384", "optimizer.learning_rate=2e-3", "train.steps=10"]
 STRATEGIES = ["zero0", "zero1", "zero2", "zero3", "zero3_offload_cpu", "zero3_offload_nvme"]
@@ -15,36 +16,56 @@ RESUMED = ["zero0", "zero3", "zero3_offload_cpu", "zero3_offload_nvme"]
 DROPOUT = "model.dropout=0.1"
 
 
-def overrides_of(strategy, folder):
-    overrides = [f"deepspeed.config=ds_configs/{strategy}.json"]
+def model_and_steps(strategy):
+    return SWAPPED if strategy.endswith("nvme") else STEPS
+
+
+def overrides_of(strategy, run_dir, *more):
+    """Of a run in `run_dir`, in which it swaps to `nvme`."""
+    overrides = [f"deepspeed.config=ds_configs/{strategy}.json", *model_and_steps(strategy), f"run_dir={run_dir}"]
     if strategy.endswith("nvme"):
-        overrides += [f"deepspeed.nvme_path={folder / 'nvme'}", *SWAPPED]
-    return overrides
+        (run_dir / "nvme").mkdir(parents=True)
+        overrides.append(f"deepspeed.nvme_path={run_dir / 'nvme'}")
+    return [*overrides, *more]
 
 
 @pytest.fixture(scope="module")
 def finished(dataset, tmp_path_factory):
     """A folder with uninterrupted runs of all strategies, `plain/STRATEGY` and `dropout/STRATEGY`; their configuration.
 
-    The same two processes made all of them, and those of a strategy swapped to its `nvme`.
+    The same two processes made all of them.
     """
     folder = tmp_path_factory.mktemp("finished")
-    runs = []
-    for kind, strategies, more in (("plain", STRATEGIES, []), ("dropout", RESUMED, [DROPOUT])):
-        for strategy in strategies:
-            run_dir = folder / kind / strategy
-            (run_dir / "nvme").mkdir(parents=True)
-            runs.append([*overrides_of(strategy, run_dir), *more, f"run_dir={run_dir}"])
     config = write_config(folder, dataset)
-    ranks.run_in_turn(config, runs)
+    runs = [overrides_of(strategy, folder / "plain" / strategy) for strategy in STRATEGIES]
+    runs += [overrides_of(strategy, folder / "dropout" / strategy, DROPOUT) for strategy in RESUMED]
+    ranks.expect_success(ranks.start_in_turn(config, runs))
     return folder, config
+
+
+@pytest.fixture(scope="module")
+def resumed(dataset, tmp_path_factory):
+    """A folder with runs of strategies that were stopped and went on, and the checkpoint that each stopped with.
+
+    Two processes made the first parts of them, two others the second parts.
+    """
+    folder = tmp_path_factory.mktemp("resumed")
+    config = write_config(folder, dataset)
+    runs = [overrides_of(strategy, folder / strategy, DROPOUT) for strategy in RESUMED]
+    processes = ranks.start_in_turn(config, runs, code=75)
+    for strategy in RESUMED:
+        ranks.stop_after(processes, folder / strategy, step=4)
+    ranks.expect_success(processes)
+    stopped = {strategy: list((folder / strategy / "checkpoints").iterdir()) for strategy in RESUMED}
+    ranks.expect_success(ranks.start_in_turn(config, runs))
+    return folder, stopped
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_strategy_gives_the_loss_curve_of_a_plain_loop(strategy, finished):
     folder, config = finished
     run_dir = folder / "plain" / strategy
-    expected = plain_losses(config, tuple(SWAPPED) if strategy.endswith("nvme") else ())
+    expected = plain_losses(config, tuple(model_and_steps(strategy)))
     assert min(expected) < expected[0] - 0.5  # it learns: the curve is worth comparing
     records = ranks.training_records(run_dir)
     assert [r["step"] for r in records] == list(range(1, len(expected) + 1))
@@ -59,20 +80,12 @@ def test_every_strategy_gives_the_loss_curve_of_a_plain_loop(strategy, finished)
 
 
 @pytest.mark.parametrize("strategy", RESUMED)
-def test_a_run_stopped_and_resumed_equals_the_uninterrupted_one_to_the_bit(strategy, finished, config_file, tmp_path):
-    whole, parts = finished[0] / "dropout" / strategy, tmp_path / "parts"
-    (tmp_path / "nvme").mkdir()
-    overrides = [*overrides_of(strategy, tmp_path), DROPOUT, f"run_dir={parts}"]
-    processes = ranks.start(config_file, overrides)
-    ranks.stop_after(processes, parts, step=4)
-    codes, outputs = ranks.finish(processes)
-    assert codes == [75, 75], outputs
-    (stopped,) = (parts / "checkpoints").iterdir()
+def test_a_run_stopped_and_resumed_equals_the_uninterrupted_one_to_the_bit(strategy, finished, resumed):
+    whole, parts = finished[0] / "dropout" / strategy, resumed[0] / strategy
+    (stopped,) = resumed[1][strategy]
     expected = ranks.training_records(whole)
     last = expected[-1]["step"]
     assert 4 <= int(stopped.name.removeprefix("step_")) < last
-    ranks.run(config_file, overrides)
-
     actual = ranks.training_records(parts)
     for key in ("step", "loss", "grad_norm", "grad_norm_memory", "learning_rate", "solver_residual"):
         assert [r[key] for r in actual] == [r[key] for r in expected], key
