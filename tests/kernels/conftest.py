@@ -3,6 +3,13 @@ import torch
 
 from mmrec_kernels import backend as backends
 from mmrec_kernels import dense_triton, headwise_triton, time_tiles
+from tests.kernels import fast_interpreter
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    if backends.interpreted():
+        fast_interpreter.install(monkeypatch)
 
 
 @pytest.fixture

@@ -1,11 +1,9 @@
 import warnings
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from triton.runtime import interpreter
 
 from mmrec_kernels import dense_triton, gated_recurrence, headwise_triton, reference, time_tiles
 from mmrec_kernels.backend import interpreted
@@ -19,26 +17,10 @@ KERNELS = {
 every_kernel = pytest.mark.parametrize("length, width, heads", KERNELS.values(), ids=KERNELS.keys())
 
 
-def scan_by_doubling(self, inputs):
-    """The interpreter's associative scan, which goes element by element, over the whole tensor in ⌈log₂ n⌉ steps."""
-    totals, distance = [self.to_tensor(x.handle.data, x.dtype) for x in inputs], 1
-    length = inputs[0].handle.data.shape[self.axis]
-    while distance < length:
-        earlier = [self.to_tensor(np.roll(t.handle.data, distance, self.axis), t.dtype) for t in totals]
-        combined = self.combine_fn.fn(*earlier, *totals)
-        for total, new in zip(totals, combined, strict=True):
-            first, _ = np.split(total.handle.data, [distance], self.axis)
-            _, rest = np.split(new.handle.data, [distance], self.axis)
-            total.handle.data = np.concatenate([first, rest], self.axis)
-        distance *= 2
-    return totals
-
-
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """In the interpreter, tiles so small that short sequences have many of them, in groups and supergroups."""
     if interpreted():
-        monkeypatch.setattr(interpreter.ScanOps, "generic_scan", scan_by_doubling)
         monkeypatch.setattr(headwise_triton, "TILE", 16)
         for name, value in {"STEPS": 8, "GROUP": 2}.items():
             monkeypatch.setattr(dense_triton, name, value)
