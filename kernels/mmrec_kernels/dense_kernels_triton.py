@@ -37,6 +37,42 @@ def _added(source, product, offset, step, inside, keep, has_earlier, ADJOINT: tl
 
 
 @triton.jit
+def _largest(x, inside):
+    """The largest number of a tile of numbers that are not negative."""
+    return tl.max(tl.max(tl.where(inside, x, 0.0), 0))
+
+
+@triton.jit
+def _raise(pointer, x):
+    """Makes the fp32 number whose bits are at `pointer` at least x. Neither is negative: they are ordered like their
+    bits."""
+    tl.atomic_max(pointer, x.to(tl.int32, bitcast=True), sem="relaxed")
+
+
+@triton.jit
+def _is_broken(largest, largest_factor, poisoned, b):
+    """Whether row b has Inf or NaN among its inputs. It keeps them; its residual of NaN ends its iteration."""
+    largest_input = tl.load(largest + b)
+    if largest_factor is not None:
+        largest_input = tl.maximum(largest_input, tl.load(largest_factor + b))
+    broken = largest_input >= INFINITY_BITS
+    if poisoned is not None:
+        broken |= tl.load(poisoned + b) != 0
+    return broken
+
+
+@triton.jit
+def _scaled(u, scale, broken, change, inside):
+    """u times the scale, clamped to what an operand holds unless the row is broken; what was must not pass for
+    converged."""
+    if _largest(tl.abs(u), inside) * scale > LARGEST_OPERAND:
+        tl.atomic_max(change, INFINITY_BITS, sem="relaxed")
+        limit = tl.where(broken, float("inf"), LARGEST_OPERAND / scale)
+        u = tl.clamp(u, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
+    return u * scale
+
+
+@triton.jit
 def _step_tile(
     gamma, source, product, old_product, largest, poisoned, factor, largest_factor, reset, initial, operand,
     subtracted, value, final, change, size, words, change_words, ticket, batch, length, shift,
@@ -97,28 +133,18 @@ def _step_tile(
 
     broken = False
     if largest is not None:
-        largest_input = tl.load(largest + b)
-        if largest_factor is not None:
-            largest_input = tl.maximum(largest_input, tl.load(largest_factor + b))
-        # a row with Inf or NaN among its inputs keeps them, and has a residual of NaN, which ends its iteration
-        broken = largest_input >= INFINITY_BITS
-        if product is not None:
-            broken |= tl.load(poisoned + b) != 0
+        broken = _is_broken(largest, largest_factor, poisoned if product is not None else None, b)
         if broken:
             tl.atomic_max(change + b, INFINITY_BITS, sem="relaxed")
     if operand is not None:
         f = keep
         if factor is not None:
             f = tl.load(factor + offset, inside, other=0.0).to(tl.float32)
-        u = before * f
-        if largest is not None:
             if largest_factor is not None:
                 scale *= 1.0 / power_of_two(tl.load(largest_factor + b), HEADROOM)
-            if tl.max(tl.max(tl.where(inside, tl.abs(u), 0.0), 0)) * scale > LARGEST_OPERAND:
-                tl.atomic_max(change + b, INFINITY_BITS, sem="relaxed")  # must not pass for converged
-                limit = tl.where(broken, float("inf"), LARGEST_OPERAND / scale)
-                u = tl.clamp(u, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
-            u *= scale
+        u = before * f
+        if largest is not None:
+            u = _scaled(u, scale, broken, change + b, inside)
             if subtracted is not None:
                 u -= tl.load(subtracted + offset, inside, other=0.0).to(tl.float32)
         tl.store(operand + offset, u.to(operand.dtype.element_ty), inside)
@@ -134,13 +160,11 @@ def _step_tile(
             movement, state = tl.abs(moved_before) * weight, tl.abs(before) * weight
         else:
             movement, state = tl.abs(moved_after), tl.abs(after)
-        # numbers that are not negative are ordered like their bits
-        most = tl.max(tl.max(tl.where(inside, movement, 0.0), 0))
-        tl.atomic_max(change + b, most.to(tl.int32, bitcast=True), sem="relaxed")
-        most = tl.max(tl.max(tl.where(inside, state, 0.0), 0))
+        _raise(change + b, _largest(movement, inside))
+        most = _largest(state, inside)
         if largest is not None:
             most = tl.where(broken, float("inf"), most)
-        tl.atomic_max(size + b, most.to(tl.int32, bitcast=True), sem="relaxed")
+        _raise(size + b, most)
 
 
 # change and size are rows of one tensor: whether they are aligned depends on the batch, and nothing depends on that

@@ -1,12 +1,15 @@
-"""Two parts of Triton's interpreter that take most of these tests' time, doing the same in less."""
+"""Parts of Triton's interpreter that take most of these tests' time, doing the same in less."""
 
 import numpy as np
 from triton.runtime import interpreter
 
 _prepared = set()
+_numpy_dtypes = {}
+_numpy_dtype = interpreter._get_np_dtype
 
 
 def install(monkeypatch):
+    monkeypatch.setattr(interpreter, "_get_np_dtype", numpy_dtype)
     monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)
     monkeypatch.setattr(interpreter.ScanOps, "generic_scan", scan_by_doubling)
 
@@ -21,6 +24,14 @@ def call(self, *args, **kwargs):
         interpreter._patch_lang(self.fn)
         _prepared.add(self.fn)
     return self.rewrite()(*args, **kwargs)
+
+
+def numpy_dtype(dtype):
+    """Looked up once for each dtype of elements: the interpreter makes its table at every call."""
+    name = dtype.scalar.name
+    if name not in _numpy_dtypes:
+        _numpy_dtypes[name] = _numpy_dtype(dtype)
+    return _numpy_dtypes[name]
 
 
 def scan_by_doubling(self, inputs):
