@@ -13,9 +13,10 @@ help: ## List the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 12
 
 # pip prefers a torch that is offered by its own settings (a CPU build, say) as long as its version is the pinned one.
+# It does not compile all modules of all packages, which takes longer than the rest; Python compiles those it imports.
 $(READY): pyproject.toml setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e '.[dev]'
 	touch $@
 
 $(DATA)/manifest.json: | $(READY)

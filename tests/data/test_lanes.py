@@ -98,7 +98,7 @@ def streams(draw: st.DrawFn, names: Sequence[str]) -> StreamSettings:
     )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(data=st.data(), lengths=sources_strategy, world_size=st.sampled_from(WORLDS), chunk_len=st.integers(1, 20))
 def test_global_batches_are_those_of_the_definition(
     tmp_path_factory: pytest.TempPathFactory,
@@ -125,7 +125,7 @@ def test_global_batches_are_those_of_the_definition(
     assert all(state == states[0] for state in states)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     data=st.data(),
     lengths=sources_strategy,
