@@ -34,9 +34,9 @@ pretrain: $(READY) comm $(DATA)/manifest.json ## A short real pretraining run; i
 	$(BIN)/python launch/local.py launch/pretrain.py --config launch/configs/quickstart.yaml --resume auto
 
 # The tests of a file stay with one worker: what they share is made once, and runs of two ranks, which wait for each other
-# busily, come one after another. tests/conftest.py says which file is the first.
+# busily, come one after another. tests/conftest.py says which file is the first. Tests on a GPU have it to themselves.
 test: $(READY) ops ## The test suite (MARK=gpu for the tests that need a GPU)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder -m "$(MARK)"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n $(if $(filter not,$(MARK)),2,0) --dist loadfile --no-loadscope-reorder -m "$(MARK)"
 test: MARK ?= not gpu
 
 lint: $(READY) ## Style, formatting and types
