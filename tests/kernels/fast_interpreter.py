@@ -1,10 +1,13 @@
 """Parts of Triton's interpreter that take most of these tests' time, doing the same in less."""
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 from triton.runtime import interpreter
 
-_prepared = set()
-_numpy_dtypes = {}
+_prepared: set[Callable[..., Any]] = set()
+_numpy_dtypes: dict[str, np.dtype[Any]] = {}
 _numpy_dtype = interpreter._get_np_dtype
 
 
