@@ -8,6 +8,7 @@ from tests.kernels import fast_interpreter
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
+    """Kernels that are interpreted are interpreted faster."""
     if backends.interpreted():
         fast_interpreter.install(monkeypatch)
 

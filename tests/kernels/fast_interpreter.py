@@ -12,6 +12,7 @@ _numpy_dtype = interpreter._get_np_dtype
 
 
 def install(monkeypatch):
+    """For the time of a test."""
     monkeypatch.setattr(interpreter, "_get_np_dtype", numpy_dtype)
     monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)
     monkeypatch.setattr(interpreter.ScanOps, "generic_scan", scan_by_doubling)
