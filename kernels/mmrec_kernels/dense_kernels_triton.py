@@ -257,7 +257,8 @@ def _clear(words, count):
         tl.store(words + at, 0, at < count)
 
 
-@triton.jit(do_not_specialize=["batch", "length", "shift"])
+# with both numbers of iterations constants of 1, the loop is dead code, which Triton 3.6 does not compile
+@triton.jit(do_not_specialize=["batch", "length", "shift", "planned", "max_iterations"])
 def refine_kernel(
     gamma, source, product, products, largest, poisoned, matrix, factor, largest_factor, reset, initial, operand,
     value, final, changes, sizes, iterations, words, change_words, word_count, meeting, batch, length, shift, tolerance,
