@@ -32,13 +32,10 @@ class Lane:
     before: int
     new: int
 
-    def held(self, b, time, index):
-        """Which slot of row b an index of the ring holds after so many writes, −1: none."""
-        return max((i for i in range(time) if self.number[b, i] % self.slots == index), default=-1)
-
     def ring(self, time):
         """Keys and values [B, R, M, E] of the ring after so many writes, and which slots they are [B, M]."""
-        which = torch.tensor([[self.held(b, time, i) for i in range(self.slots)] for b in range(len(self.keys))])
+        held = [{n % self.slots: i for i, n in enumerate(row)} for row in self.number[:, :time].tolist()]
+        which = torch.tensor([[row.get(index, -1) for index in range(self.slots)] for row in held])
         index = which[:, None, :, None]
         keys, values = (
             torch.where(index < 0, 0, x.take_along_dim(index.clamp_min(0), 2)) for x in (self.keys, self.values)
