@@ -1,3 +1,4 @@
+import gc
 import os
 
 import pytest
@@ -19,6 +20,12 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 def pytest_collection_modifyitems(items):
     """The file that takes longest goes first, lest at the end one worker be busy with it and the others be idle."""
     items.sort(key=lambda item: item.path.name != "test_training.py")
+
+
+def pytest_collection_finish():
+    """Leaves what has been imported out of every garbage collection to come: DeepSpeed asks for many."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ REPORT_NAME = "report.html"
 CONFIG_NAME = "config.yaml"
 SAMPLE_NAME = "sample.txt"
 
-PLOTS = (
+PLOTS: tuple[Plot, ...] = (
     Plot(
         "loss",
         "Loss",

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from launch.pretrain import main
+from mmrec_train.monitoring import report
 from tests.trainer.ranks import free_port
 
 
@@ -39,6 +40,7 @@ class Command:
     def __init__(self, config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
         self._config, self._capsys, self._monkeypatch = config, capsys, monkeypatch
         be_the_only_rank(monkeypatch)
+        monkeypatch.setattr(report, "PLOTS", ())  # two seconds a run; tests/monitoring draws them
 
     def __call__(self, *overrides: str, options: tuple[str, ...] = (), port: int | None = None) -> Result:
         self._monkeypatch.setenv("MASTER_PORT", str(port or free_port()))

@@ -6,14 +6,18 @@ RUNS is JSON: of each run the port where its ranks meet, and its overrides. Each
 not is the last.
 """
 
+import gc
 import json
 import os
 import sys
 
 from launch.pretrain import main
+from mmrec_train.monitoring import report
 
 if __name__ == "__main__":
     config, runs, expected = sys.argv[1:]
+    gc.freeze()  # DeepSpeed collects garbage often, and would look through all that has been imported
+    report.PLOTS = ()  # two seconds a run; tests/monitoring draws them
     for port, overrides in json.loads(runs):
         print(f"---- {overrides}", flush=True)
         os.environ["MASTER_PORT"] = str(port)
