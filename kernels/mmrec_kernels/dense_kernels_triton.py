@@ -25,15 +25,21 @@ LEAST_WEIGHT = tl.constexpr(MIN_IMPORTANCE)
 
 
 @triton.jit
+def _load_once(pointer, inside, other: tl.constexpr = 0.0):
+    """Loads what nobody reads again soon: it leaves the L2 cache before operands and products do."""
+    return tl.load(pointer, inside, other=other, eviction_policy="evict_first")
+
+
+@triton.jit
 def _added(source, product, offset, step, inside, keep, has_earlier, ADJOINT: tl.constexpr):
     """What each token of a tile adds to the state, of the product [rows, channels]: z σ(a), or g of before plus y.
 
     The product is y, or the logit a times MINUS_LOG2_E.
     """
     if ADJOINT:
-        return tl.load(source + offset - step, inside & has_earlier, other=0.0).to(tl.float32) + product * keep
+        return _load_once(source + offset - step, inside & has_earlier).to(tl.float32) + product * keep
     else:
-        return tl.load(source + offset, inside, other=0.0).to(tl.float32) * sigmoid_of_power(product)
+        return _load_once(source + offset, inside).to(tl.float32) * sigmoid_of_power(product)
 
 
 @triton.jit
@@ -91,6 +97,10 @@ def _step_tile(
     direction: tl.constexpr = -1 if ADJOINT else 1
     first = b * length + (length - 1 - chunk * STEPS if ADJOINT else chunk * STEPS)
     offset = (first * D + channel + shift * VECTOR)[None, :] + (row * (direction * D)).to(tl.int64)[:, None]
+    # products and operands hold tokens against the order of the scan: the last rows of a product, which are in the L2
+    # cache, are those that the scan reads first, and it writes last what the next product reads first
+    last = first if ADJOINT else batch.to(tl.int64) * length - 1 - first
+    place = (last * D + channel + shift * VECTOR)[None, :] - (row * D).to(tl.int64)[:, None]
     inside = tl.full((STEPS, 1), True, tl.int1) if WHOLE else (chunk * STEPS + row < length)[:, None] & mask[None, :]
     has_earlier = (chunk * STEPS + row < length - 1)[:, None]
     keep = tl.full((STEPS, 1), 1.0, tl.float32)
@@ -103,17 +113,17 @@ def _step_tile(
         scale = power_of_two(tl.load(largest + b), HEADROOM)
     unscale = (1.0 if ADJOINT else MINUS_LOG2_E) / scale  # the gate wants its logit with this factor
 
-    gammas = tl.load(gamma + offset, inside, other=1.0)
+    gammas = _load_once(gamma + offset, inside, 1.0)
     decays = gammas.to(tl.float32) * keep
     a = tl.zeros((STEPS, BLOCK_D), tl.float32)
     if product is not None:
-        a = tl.load(product + offset, inside, other=0.0).to(tl.float32) * unscale
+        a = _load_once(product + place, inside).to(tl.float32) * unscale
     if old_product is not None:
-        old_a = tl.load(old_product + offset, inside, other=0.0).to(tl.float32) * unscale
+        old_a = _load_once(old_product + place, inside).to(tl.float32) * unscale
         if INCREMENT:
             a += old_a
             if SUMMED:
-                tl.store(old_product + offset, a * (1.0 / unscale), inside)
+                tl.store(old_product + place, a * (1.0 / unscale), inside)
     x = _added(source, a, offset, D, inside, keep, has_earlier, ADJOINT)
     decay, state = summarize_tile(decays, x)
     publish_tile(words, states, chunk, index, mask, decay, state)
@@ -139,15 +149,15 @@ def _step_tile(
     if operand is not None:
         f = keep
         if factor is not None:
-            f = tl.load(factor + offset, inside, other=0.0).to(tl.float32)
+            f = _load_once(factor + offset, inside).to(tl.float32)
             if largest_factor is not None:
                 scale *= 1.0 / power_of_two(tl.load(largest_factor + b), HEADROOM)
         u = before * f
         if largest is not None:
             u = _scaled(u, scale, broken, change + b, inside)
             if subtracted is not None:
-                u -= tl.load(subtracted + offset, inside, other=0.0).to(tl.float32)
-        tl.store(operand + offset, u.to(operand.dtype.element_ty), inside)
+                u -= _load_once(subtracted + place, inside).to(tl.float32)
+        tl.store(operand + place, u.to(operand.dtype.element_ty), inside)
     if MEASURED:
         tl.store(value + offset, (before if ADJOINT else after).to(value.dtype.element_ty), inside)
         if chunk == chunks - 1:
