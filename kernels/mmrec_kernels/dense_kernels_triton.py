@@ -189,7 +189,8 @@ def step_kernel(
 
     gamma, source (z, or the gradient of h), product, old_product, factor (s of the adjoint), operand and value are
     [batch, length, D]; reset [batch, length]; initial and final [batch, D] fp32; change and size [batch] int32, the
-    bits of fp32 numbers. Without a product the gate is neutral (y is zero). INCREMENT: the product is what has to be
+    bits of fp32 numbers. The tokens of products, operand and subtracted, all together, are in reverse order forward
+    (`_step_tile`). Without a product the gate is neutral (y is zero). INCREMENT: the product is what has to be
     added to the old one. MEASURED: the change since the old product is measured, value and final are written.
     operand: None if none is to be written. subtracted: an operand relative to which this one is written. largest,
     largest_factor [batch]: what operands and the factor are scaled by (`operands_triton`); None for 1. poisoned
