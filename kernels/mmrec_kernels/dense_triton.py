@@ -106,12 +106,13 @@ class _Operands:
                 half, self.low_matrix, self.scale = converted_weight(problem.weight, largest[-1:], problem.adjoint)
                 self.matrix = (half.mT if problem.adjoint else half).unsqueeze(0)
                 self.low_operand = torch.empty(source.shape, dtype=torch.float8_e4m3fn, device=device)
-                self.low_product = torch.empty(source.shape, dtype=torch.bfloat16, device=device)
             else:
                 find_largest(self.largest, _sample(problem), problem.initial)
                 self.matrix = matrix.to(torch.float16)
         self.operand = torch.empty(source.shape, dtype=self.matrix.dtype, device=device)
         self.products = torch.empty(2, *source.shape, dtype=torch.float32, device=device)
+        # where the planned iterations have no whole product
+        self.low_product = _in_half_of(self.products[(planned + 1) % 2], torch.bfloat16)
 
     def _low(self, n: int) -> bool:
         """Whether product n has 8-bit operands."""
@@ -134,7 +135,7 @@ class _Operands:
             place = n if self.largest is None else self.planned + self.increment(n)
             out = self.products[place % 2]
             if self.any_low and n < self.planned - 1:  # only the last whole product has to have more than 16 bits
-                out = out.flatten().view(torch.float16)[: out.numel()].view(out.shape)
+                out = _in_half_of(out, torch.float16)
             return _multiply(self.operand, self.matrix, out)
         operand, result = self.low_operand, self.low_product
         if self.increment(n):
@@ -145,6 +146,11 @@ class _Operands:
             out_dtype=result.dtype, out=result.flatten(0, 1), use_fast_accum=True,
         )  # fmt: skip
         return result
+
+
+def _in_half_of(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor of x's shape and of a 16-bit dtype, in the first half of the memory of x (fp32)."""
+    return x.flatten().view(dtype)[: x.numel()].view(x.shape)
 
 
 def _sample(problem: _Problem) -> Tensor:
