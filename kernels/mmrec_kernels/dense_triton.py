@@ -111,8 +111,8 @@ class _Operands:
                 self.matrix = matrix.to(torch.float16)
         self.operand = torch.empty(source.shape, dtype=self.matrix.dtype, device=device)
         self.products = torch.empty(2, *source.shape, dtype=torch.float32, device=device)
-        # where the planned iterations have no whole product
-        self.low_product = _in_half_of(self.products[(planned + 1) % 2], torch.bfloat16)
+        if self.any_low:  # the whole products of planned iterations lie in the other one
+            self.low_product = _in_half_of(self.products[(planned + 1) % 2], torch.bfloat16)
 
     def _low(self, n: int) -> bool:
         """Whether product n has 8-bit operands."""
